@@ -1,0 +1,16 @@
+"""lightning-proxy: a transparent proxy that turns any running agent into a learning one.
+
+The rooms, in the order in which data walks through them:
+
+``config``   settings: defaults, ``lightning.toml``, environment, flags
+``store``    what was recorded: spans, rollouts, rewards, policy versions, training runs
+``proxy``    forwards calls to the model, captures them, swaps the weights behind itself
+``trainer``  drains the store into transitions, updates the policy, publishes it
+``runner``   runs an unmodified agent command under a rollout
+``demo``     the whole loop on one machine, with a tiny model and a tool-using agent
+``cli``      the command line: parse, call one function, print
+
+Proxy, trainer and runner never import one another: they meet in the store and over HTTP.
+"""
+
+__version__ = "0.1.0"

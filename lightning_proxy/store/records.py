@@ -1,0 +1,184 @@
+"""The records, frozen: what a row of the store means, in the field's words.
+
+Times are Unix seconds (float, UTC). Token ids are ``array('i')`` (int32) and logprobs
+``array('f')`` (float32, natural log), so that a record holds them as packed as the database.
+A record read from the store has its primary key; one to be written leaves it at ``None``.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Fidelity(StrEnum):
+    """How exact the token data of a span is, best first."""
+
+    EXACT = "exact"  # the engine's own token ids and logprobs
+    RETOKENIZED = "retokenized"  # ids recomputed and verified to decode to the same text
+    TEXT = "text"  # no token ids
+    INCOMPLETE = "incomplete"  # capture was cut
+
+
+class RolloutState(StrEnum):
+    """Where a rollout is. Everything but ``OPEN`` is terminal."""
+
+    OPEN = "open"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class VersionStatus(StrEnum):
+    """Life of a policy version. At most one version of a policy is ``ACTIVE``."""
+
+    STAGED = "staged"
+    CANARY = "canary"
+    ACTIVE = "active"
+    RETIRED = "retired"
+    REJECTED = "rejected"
+
+
+class RunState(StrEnum):
+    """Life of a training run.
+
+    ``RUNNING`` holds a lease on what it drained. ``COMMITTED`` has consumed it, together with
+    the version it made. ``FAILED`` gave it all back.
+    """
+
+    RUNNING = "running"
+    COMMITTED = "committed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One choice of a call: the tokens the engine read and the tokens it wrote.
+
+    ``logprobs`` has the length of ``response_token_ids``, or is empty where the engine gave none.
+    """
+
+    prompt_token_ids: array[int]
+    response_token_ids: array[int]
+    logprobs: array[float]
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One recorded model call, ending in a response or an error, never both."""
+
+    rollout_id: str
+    attempt: int
+    wire: str  # "chat", "completions"
+    started_at: float
+    ended_at: float
+    request: bytes  # the agent's own body, without what capture added
+    fidelity: Fidelity
+    span_id: int | None = None
+    role: str | None = None
+    model: str | None = None  # as the agent asked for it
+    policy: str | None = None  # None: the call did not go to a trainable policy
+    policy_version: int | None = None  # when the call was sent to the engine
+    policy_version_end: int | None = None  # when its last token was made
+    attributed_by: str = "none"  # path, header, key, none
+    attribution_confidence: float = 0.0
+    first_byte_at: float | None = None
+    streamed: bool = False
+    status: int | None = None  # HTTP status the agent saw; None: no response at all
+    response_id: str | None = None
+    response: bytes | None = None  # JSON, assembled where it was streamed; None on error
+    error_class: str | None = None
+    error: str | None = None
+    usage: Mapping[str, Any] | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # temperature, top_p, ...
+    generations: tuple[Generation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One task carried out once by an agent."""
+
+    rollout_id: str
+    task_id: str | None = None
+    state: RolloutState = RolloutState.OPEN
+    created_at: float = 0.0
+    ended_at: float | None = None
+    reason: str | None = None  # why it ended as it did
+    incomplete: str | None = None  # why capture is known to have lost a span of it; None: whole
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a rollout; a retry adds one, never overwrites."""
+
+    rollout_id: str
+    number: int
+    started_at: float
+    ended_at: float | None = None
+    state: RolloutState = RolloutState.OPEN
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A finite number for a rollout, an attempt (``attempt`` set) or a span (``span_id`` set).
+
+    The ledger only grows. Of the rewards with the same target and name, the last one counts.
+    """
+
+    rollout_id: str
+    value: float
+    reward_id: int | None = None
+    attempt: int | None = None
+    span_id: int | None = None
+    name: str = "reward"
+    source: str | None = None
+    comment: str | None = None
+    idempotency_key: str | None = None
+    created_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyVersion:
+    """One published set of weights of a policy. Version 0 is what the user brought."""
+
+    policy: str
+    version: int
+    path: str  # directory that the engine and the trainer can read
+    status: VersionStatus
+    created_at: float = 0.0
+    parent: int | None = None
+    run_id: int | None = None
+    # Fixed prompt and its logprobs under these weights, computed by the trainer:
+    # {"prompt_token_ids": [...], "logprobs": [...]} with len(logprobs) == len(ids) - 1.
+    probe: Mapping[str, Any] | None = None
+    note: str | None = None  # why rejected or retired
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """One pass of the trainer over what it drained."""
+
+    run_id: int
+    policy: str
+    state: RunState
+    owner: str  # host:pid of the trainer
+    started_at: float
+    lease_expires_at: float
+    ended_at: float | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRollout:
+    """A rollout with everything a trainer needs: its last attempt's spans in order of start."""
+
+    rollout: Rollout
+    attempt: int
+    spans: tuple[Span, ...]
+    rewards: tuple[Reward, ...]  # those that count: corrected ones are left out
