@@ -182,3 +182,33 @@ class RecordedRollout:
     attempt: int
     spans: tuple[Span, ...]
     rewards: tuple[Reward, ...]  # those that count: corrected ones are left out
+
+
+@dataclass(frozen=True, slots=True)
+class KeyOwner:
+    """What the calls made with an issued key belong to."""
+
+    rollout_id: str
+    attempt: int
+    role: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSummary:
+    """A rollout as a list shows it."""
+
+    rollout: Rollout
+    attempts: int
+    spans: int  # of all attempts
+    errors: int  # spans that ended in an error
+    reward: float | None  # sum of the rewards that count for its last attempt; None: there are none
+    last_span_at: float | None  # when its newest span ended
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits for the trainer of one policy."""
+
+    rollouts_ready: int  # what a drain would give
+    rollouts_unrewarded: int  # the same but for a reward
+    spans: int  # of the policy, in the rollouts that are ready

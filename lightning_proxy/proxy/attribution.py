@@ -1,0 +1,116 @@
+"""Whose call is it? Path, then headers, then key. No I/O.
+
+The ways and their order are DESIGN section 4; what no way settles gets a rollout of its own, so
+that nobody's rollout ever holds somebody else's call.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from lightning_proxy.errors import InvalidInput
+
+_PREFIX = re.compile(
+    r"^/(?:rollout|sessions)/(?P<rollout>[^/]+)"
+    r"(?:/attempt/(?P<attempt>[^/]+))?"
+    r"(?:/role/(?P<role>[^/]+))?"
+    r"(?P<rest>/v1(?:/.*)?|/?)$"
+)
+_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,199}$")
+KEY_PREFIX = "lp-"  # of the keys that Store.issue_key makes
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """Rollout, attempt and role of a call, how they were found, and how surely (0 to 1)."""
+
+    rollout_id: str
+    attempt: int = 1
+    role: str | None = None
+    by: str = "none"
+    confidence: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPath:
+    """A request path without its attribution prefix, and what the prefix said."""
+
+    path: str
+    attribution: Attribution | None
+
+
+def split_path(path: str) -> SplitPath:
+    """Take ``/rollout/{id}[/attempt/{n}][/role/{role}]`` off a raw path.
+
+    Raises InvalidInput for an id or attempt that cannot be one.
+    """
+    match = _PREFIX.match(path)
+    if match is None:
+        return SplitPath(path, None)
+    rollout_id = checked_id(unquote(match["rollout"]), "rollout id")
+    role = match["role"] and checked_id(unquote(match["role"]), "role")
+    attempt = checked_attempt(match["attempt"] or "1")
+    return SplitPath(match["rest"] or "/", Attribution(rollout_id, attempt, role, "path", 1.0))
+
+
+def from_headers(headers: Mapping[str, str]) -> Attribution | None:
+    """``X-Rollout-Id`` / ``X-Session-Id`` (with ``X-Attempt``, ``X-Role``), else W3C ``baggage``.
+
+    An id that cannot be one is no attribution: the header may be meant for somebody else.
+    """
+    bag: Mapping[str, str] = {}
+    rollout_id = headers.get("X-Rollout-Id") or headers.get("X-Session-Id")
+    by = "header"
+    if not rollout_id and "baggage" in headers:
+        bag = parse_baggage(headers["baggage"])
+        rollout_id = bag.get("rollout_id") or bag.get("session_id") or bag.get("session.id")
+        by = "baggage"
+    if not rollout_id or not _ID.match(rollout_id):
+        return None
+    attempt = headers.get("X-Attempt") or bag.get("attempt") or "1"
+    number = int(attempt) if attempt.isdecimal() and int(attempt) > 0 else 1
+    return Attribution(rollout_id, number, bag.get("role"), by, 1.0)
+
+
+def parse_baggage(header: str) -> dict[str, str]:
+    """W3C Baggage (https://www.w3.org/TR/baggage/): ``k=v;properties, k=v``."""
+    pairs: dict[str, str] = {}
+    for member in header.split(","):
+        name, separator, value = member.split(";", 1)[0].partition("=")
+        if separator:
+            pairs[name.strip()] = unquote(value.strip())
+    return pairs
+
+
+def own_rollout() -> Attribution:
+    """A rollout of its own for a call that nothing attributes."""
+    return Attribution(f"auto-{secrets.token_hex(8)}")
+
+
+def api_key(headers: Mapping[str, str]) -> str | None:
+    """The key that an agent sent, by either convention."""
+    authorization = headers.get("Authorization", "")
+    if authorization[:7].lower() == "bearer ":
+        return authorization[7:].strip()
+    return headers.get("x-api-key")
+
+
+def checked_id(value: str, what: str) -> str:
+    """Return ``value`` if it can be an id, else raise InvalidInput."""
+    if not _ID.match(value):
+        raise InvalidInput(
+            f"{value[:80]!r} cannot be a {what}: 1 to 200 letters, digits or ._:@- are needed, "
+            "beginning with a letter or digit"
+        )
+    return value
+
+
+def checked_attempt(value: str) -> int:
+    """Return an attempt number, counted from 1, else raise InvalidInput."""
+    if not value.isdecimal() or not 0 < int(value) < 2**31:
+        raise InvalidInput(f"{value[:80]!r} cannot be an attempt: a whole number from 1 is needed")
+    return int(value)

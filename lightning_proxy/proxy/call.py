@@ -1,0 +1,168 @@
+"""One captured call while it is under way. No I/O: bytes in, bytes and a span out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+import orjson
+
+from lightning_proxy.store import Fidelity, Span
+
+from .attribution import Attribution
+from .sse import Event, SseParser, encode_event
+from .wires import Collector, Prepared, Wire
+from .wires.base import Json, sampling_of
+
+log = logging.getLogger(__name__)
+
+_LONGEST_ERROR = 4096
+# What an answer of an unexpected shape can raise in a collector.
+_CAPTURE_FAULTS = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+
+
+@dataclass(slots=True)
+class Call:
+    """What is known of a call so far.
+
+    ``feed`` and ``whole`` take the answer as the engine sends it and return it as the agent gets
+    it. Whatever goes wrong in capture is noted in ``fault``; the answer goes through regardless.
+    """
+
+    wire: Wire
+    body: bytes  # as the agent sent it
+    request: Json  # the same, parsed; {} where it is no JSON object
+    prepared: Prepared
+    attribution: Attribution
+    policy: str | None = None
+    policy_version: int | None = None
+    started_at: float = field(default_factory=time.time)
+    first_byte_at: float | None = None
+    status: int | None = None
+    streamed: bool = False
+    ended: bool = False  # the answer is whole
+    fault: str | None = None
+    _error_body: bytes | None = None
+    _collector: Collector = field(init=False)
+    _events: SseParser = field(init=False, default_factory=SseParser)
+
+    def __post_init__(self) -> None:
+        self._collector = self.wire.collector(self.prepared)
+
+    # -- the answer on its way through -------------------------------------------------------
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take a piece of a streamed answer; return what of it the agent gets now."""
+        if self.first_byte_at is None:
+            self.first_byte_at = time.time()
+        return b"".join([self._event(event) for event in self._events.feed(chunk)])
+
+    def finish_stream(self) -> bytes:
+        """The stream came to a clean end; return what is left of it."""
+        self.ended = True
+        return self._events.rest()
+
+    def whole(self, body: bytes) -> bytes:
+        """Take a whole answer; return it as the agent gets it."""
+        self.first_byte_at = time.time()
+        self.ended = True
+        if self.status is not None and self.status >= 400:
+            self._error_body = body
+            return body
+        try:
+            answer = orjson.loads(body)
+            stripped = self._collector.whole(answer)
+            return orjson.dumps(stripped) if self.prepared.strips else body
+        except _CAPTURE_FAULTS as error:
+            self._note_fault(error)
+            self._error_body = body
+            return body
+
+    def _event(self, event: Event) -> bytes:
+        if event.data is None:
+            return event.raw
+        if event.data == b"[DONE]":
+            self.ended = True
+            return event.raw
+        try:
+            chunk = orjson.loads(event.data)
+            if not self._collector.event(chunk):
+                return b""
+            return encode_event(orjson.dumps(chunk)) if self.prepared.strips else event.raw
+        except _CAPTURE_FAULTS as error:
+            self._note_fault(error)
+            return event.raw
+
+    def _note_fault(self, error: Exception) -> None:
+        if self.fault is None:
+            self.fault = f"{type(error).__name__}: {error}"
+            log.warning("capture of a %s call failed: %s", self.wire.name, self.fault)
+
+    # -- the record of it --------------------------------------------------------------------
+
+    def span(
+        self, *, policy_version_end: int | None, error_class: str | None = None, error: str | None = None
+    ) -> Span:
+        """The call as a span: a response, or an error where there is one."""
+        if error_class is None:
+            error_class, error = self._own_error()
+        captured = None if error_class else self._collector.captured()
+        attribution = self.attribution
+        return Span(
+            rollout_id=attribution.rollout_id,
+            attempt=attribution.attempt,
+            role=attribution.role,
+            attributed_by=attribution.by,
+            attribution_confidence=attribution.confidence,
+            wire=self.wire.name,
+            started_at=self.started_at,
+            first_byte_at=self.first_byte_at,
+            ended_at=time.time(),
+            streamed=self.streamed,
+            status=self.status,
+            request=self.body,
+            sampling=sampling_of(self.request),
+            model=_text_or_none(self.request.get("model")),
+            policy=self.policy,
+            policy_version=self.policy_version,
+            policy_version_end=policy_version_end,
+            response=captured.response if captured else None,
+            response_id=captured.response_id if captured else None,
+            usage=captured.usage if captured else None,
+            generations=captured.generations if captured else self._collector.generations(),
+            fidelity=self._fidelity(captured.fidelity if captured else None),
+            error_class=error_class,
+            error=error[:_LONGEST_ERROR] if error else None,
+        )
+
+    def _fidelity(self, of_answer: Fidelity | None) -> Fidelity:
+        if self.fault is not None or of_answer is None:
+            return Fidelity.INCOMPLETE
+        return of_answer
+
+    def _own_error(self) -> tuple[str | None, str | None]:
+        """The error that the answer itself holds, if it does."""
+        if self.status is not None and self.status >= 400:
+            text = (self._error_body or b"").decode("utf-8", "replace")
+            return ("upstream_error" if self.status >= 500 else "upstream_refused"), text
+        if self._collector.failed is not None:
+            return "engine_error", self._collector.failed
+        if self.fault is not None:
+            return "capture_fault", self.fault
+        if self.streamed and not self._collector.finished:
+            return "cut_stream", "the stream ended without a finish reason"
+        return None, None
+
+
+def parse_request(body: bytes) -> Json:
+    """The request as a JSON object; {} where it is none, which the engine will say better."""
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return {}
+    return request if isinstance(request, dict) else {}
+
+
+def _text_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) else None

@@ -1,0 +1,114 @@
+"""vLLM's control routes: what kind of engine it is, pausing, reloading, probing.
+
+The routes are vLLM's development routes (``VLLM_SERVER_DEV_MODE=1``), measured on 0.31.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from lightning_proxy.errors import EngineRefused, EngineUnreachable
+
+_QUICK = aiohttp.ClientTimeout(total=5)
+_RELOAD = aiohttp.ClientTimeout(total=600)
+
+
+class Engine:
+    """The engine behind an upstream base URL (``http://host:port/v1``)."""
+
+    def __init__(self, base: str, key: str | None = None) -> None:
+        self._base = base.rstrip("/")
+        self._root = self._base.removesuffix("/v1")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._is_vllm: bool | None = None
+
+    async def is_vllm(self) -> bool | None:
+        """Whether the engine gives token ids; ``None`` while it does not answer. Asked once."""
+        if self._is_vllm is None:
+            try:
+                answer = await self._call("GET", f"{self._base}/models", timeout=_QUICK)
+            except EngineUnreachable:
+                return None
+            except EngineRefused:
+                answer = {}
+            models = answer.get("data") if isinstance(answer, dict) else None
+            self._is_vllm = any(
+                isinstance(model, dict) and model.get("owned_by") == "vllm" for model in models or ()
+            )
+        return self._is_vllm
+
+    async def healthy(self) -> bool:
+        """Whether the engine answers at all."""
+        try:
+            await self._call("GET", f"{self._base}/models", timeout=_QUICK)
+        except EngineUnreachable:
+            return False
+        except EngineRefused:
+            return True
+        return True
+
+    async def answers(self) -> None:
+        """Return as soon as the engine answers."""
+        while not await self.healthy():  # noqa: ASYNC110 - another process: there is no event
+            await asyncio.sleep(1.0)
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Stop between two tokens, keep every request, and go on at the end of the block."""
+        await self._call("POST", f"{self._root}/pause?mode=keep", timeout=_RELOAD)
+        try:
+            yield
+        finally:
+            await self._call("POST", f"{self._root}/resume", timeout=_QUICK)
+
+    async def reload_weights(self, path: Path) -> None:
+        """Replace the weights by those in a directory. It must hold valid ones: vLLM dies of others."""
+        request = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
+        await self._call("POST", f"{self._root}/collective_rpc", json=request, timeout=_RELOAD)
+
+    async def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
+        """Logprobs of ``token_ids[1:]``, each given the ids before it."""
+        request = {"model": model, "prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0,
+                   "temperature": 0.0}  # fmt: skip
+        answer = await self._call("POST", f"{self._base}/completions", json=request, timeout=_RELOAD)
+        try:
+            entries = answer["choices"][0]["prompt_logprobs"]
+            return [
+                float(entry[str(token)]["logprob"])
+                for token, entry in zip(token_ids[1:], entries[1:], strict=True)
+            ]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise EngineRefused(
+                f"the engine answered the probe without prompt logprobs: {error!r}"
+            ) from error
+
+    async def _call(
+        self, method: str, url: str, *, timeout: aiohttp.ClientTimeout, json: Mapping[str, Any] | None = None
+    ) -> Any:
+        """One request on a connection of its own: a pooled one may have died in a pause."""
+        try:
+            async with (
+                aiohttp.ClientSession(headers=self._headers, timeout=timeout) as session,
+                session.request(method, url, json=json) as response,
+            ):
+                text = await response.text()
+                if response.status >= 400:
+                    raise EngineRefused(_refusal(method, url, response.status, text))
+                if "json" not in response.content_type or not text:
+                    return None
+                return await response.json()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineUnreachable(f"{method} {url}: {error!r}") from error
+
+
+def _refusal(method: str, url: str, status: int, text: str) -> str:
+    hint = ""
+    if status in (404, 405) and not url.endswith(("/models", "/completions")):
+        hint = "; weights can be changed only where vLLM runs with VLLM_SERVER_DEV_MODE=1"
+    return f"{method} {url} answered {status}: {text[:500]}{hint}"

@@ -1,0 +1,62 @@
+"""What ``/metrics`` shows, in Prometheus' words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.0)
+_SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Metrics:
+    """The counters of one proxy process, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.calls = Counter(
+            "lightning_calls",
+            "Calls forwarded, by wire and status",
+            ("wire", "status"),
+            registry=registry,
+        )
+        self.call_seconds = Histogram(
+            "lightning_call_seconds", "Length of captured calls", buckets=_SLOW, registry=registry
+        )
+        self.spans = Counter(
+            "lightning_spans",
+            "Spans committed",
+            ("wire", "fidelity"),
+            registry=registry,
+        )
+        self.commit_seconds = Histogram(
+            "lightning_commit_seconds",
+            "From the end of an answer to its committed span",
+            buckets=_FAST,
+            registry=registry,
+        )
+        self.capture_faults = Counter(
+            "lightning_capture_faults",
+            "Capture trouble that no agent saw",
+            ("kind",),
+            registry=registry,
+        )
+        self.upstream_errors = Counter(
+            "lightning_upstream_errors",
+            "Calls that ended in an error, by class",
+            ("error_class",),
+            registry=registry,
+        )
+        self.rewards = Counter("lightning_rewards", "Rewards committed", registry=registry)
+        self.swap_seconds = Histogram(
+            "lightning_swap_seconds", "Length of weight changes", buckets=_SLOW, registry=registry
+        )
+
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Show a number that is read when somebody looks."""
+        Gauge(f"lightning_{name}", text, registry=self._registry).set_function(value)
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,74 @@
+"""A finished call becomes a committed span, without ever being the agent's trouble."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from lightning_proxy.errors import StoreUnavailable
+from lightning_proxy.store import Span, Writer
+
+from .metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Hands spans to the writer and waits for their commit, up to a limit.
+
+    A store that was slower than the limit is not waited for again until it has committed
+    something: one locked database delays calls once, not every call. Its spans stay queued.
+    """
+
+    def __init__(self, writer: Writer, metrics: Metrics, *, timeout_s: float) -> None:
+        self._writer = writer
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+        self._waiting_helps = True
+
+    async def commit(self, span: Span) -> None:
+        """Return once the span is durable, or the store is in trouble."""
+        committed = self.submit(span)
+        if not (self._waiting_helps and self._writer.healthy):
+            return
+        done, _ = await asyncio.wait((committed,), timeout=self._timeout_s)
+        if not done:
+            self._waiting_helps = False
+            self._metrics.capture_faults.labels("slow_store").inc()
+            log.warning(
+                "the store did not commit within %.1f s; calls go on and their spans wait in memory (%s)",
+                self._timeout_s, self._writer.last_error or "busy",
+            )  # fmt: skip
+
+    def submit(self, span: Span) -> asyncio.Future[int]:
+        """Queue a span without waiting for it."""
+        started = time.perf_counter()
+        committed = self._writer.submit_span(span)
+        committed.add_done_callback(lambda future: self._committed(future, span, started))
+        return committed
+
+    def _committed(self, future: asyncio.Future[int], span: Span, started: float) -> None:
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is None:
+            self._waiting_helps = True
+            self._metrics.commit_seconds.observe(time.perf_counter() - started)
+            self._metrics.spans.labels(span.wire, span.fidelity.value).inc()
+            return
+        self._metrics.capture_faults.labels("span_lost").inc()
+        log.error("a span of rollout %s was lost: %s", span.rollout_id, error)
+        if not isinstance(error, StoreUnavailable):  # else the writer marks it by itself
+            self.mark_incomplete(span.rollout_id, f"a span could not be stored: {error}")
+
+    def mark_incomplete(self, rollout_id: str, why: str) -> None:
+        """Note durably that capture lost something of this rollout."""
+
+        def mark(store: Any) -> None:
+            store.mark_incomplete(rollout_id, why)
+
+        self._writer.submit(mark).add_done_callback(
+            lambda future: future.cancelled() or future.exception()  # seen, whatever it was
+        )

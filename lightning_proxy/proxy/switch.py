@@ -1,0 +1,187 @@
+"""Promotion: a policy version's weights take over behind the proxy, or the former ones come back.
+
+Calls are held, never refused, meanwhile; calls under way pause between two tokens and go on under
+the new weights. A version counts as active only after the engine gave the logprobs that the
+trainer computed for a fixed prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_proxy.errors import Conflict, EngineError, PublishFailed, UnknownTarget
+from lightning_proxy.store import PolicyVersion, Store, VersionStatus, Writer
+
+from .engine import Engine
+from .hold import Hold
+from .metrics import Metrics
+
+log = logging.getLogger(__name__)
+CHANGING = "weights are changing"
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """A version that took over: how long calls were held, and how far the probe was off (nats)."""
+
+    policy: str
+    version: int
+    status: str
+    swap_s: float
+    verify_max_diff: float | None
+
+
+class Switch:
+    """Knows which version the engine runs, and changes it, one change at a time."""
+
+    def __init__(
+        self, *, policy: str, engine: Engine, hold: Hold, writer: Writer, metrics: Metrics, tolerance: float
+    ) -> None:
+        self.policy = policy
+        self._engine = engine
+        self._hold = hold
+        self._writer = writer
+        self._metrics = metrics
+        self._tolerance = tolerance
+        self._one_at_a_time = asyncio.Lock()
+        # What the engine runs. None as long as the policy has no version in the store: such calls
+        # count as version 0, what the user brought. Once `_lost`, nothing is known.
+        self._serving: PolicyVersion | None = None
+        self._lost = False
+
+    # -- what calls are stamped with --------------------------------------------------------
+
+    def policy_of(self, model: object) -> tuple[str | None, int | None]:
+        """The policy and version that a call for ``model`` is answered by; None: not ours."""
+        if model != self.policy or self._lost:
+            return None, None
+        return self.policy, self.version_of(self.policy)
+
+    def version_of(self, policy: str | None) -> int | None:
+        """The version that runs now, for a call that went to ``policy``."""
+        if policy is None or self._lost:
+            return None
+        return self._serving.version if self._serving is not None else 0
+
+    @property
+    def serving(self) -> PolicyVersion | None:
+        """The version that the engine runs, as far as we know."""
+        return self._serving
+
+    # -- changes -----------------------------------------------------------------------------
+
+    def started_with(self, version: PolicyVersion | None) -> None:
+        """The engine was started on this version's weights."""
+        self._runs(version)
+
+    def lost(self) -> None:
+        """What the engine runs is not known: nothing is stamped with a version that may be wrong."""
+        self._lost = True
+
+    def _runs(self, version: PolicyVersion | None) -> None:
+        self._serving, self._lost = version, False
+
+    async def restore_active(self) -> None:
+        """Make an engine that somebody else started run the active version.
+
+        Version 0 is what such an engine was started with.
+        """
+        active = await self._writer.submit(lambda store: store.active_version(self.policy))
+        if active is None or active.version == 0:
+            self._runs(active)
+            return
+        async with self._one_at_a_time:
+            with self._hold.closed(CHANGING):
+                await self._load(active)
+                await self._verify(active)
+                self._runs(active)
+
+    async def promote(self, policy: str, version: int) -> Promotion:
+        """Let a version take over.
+
+        Raises UnknownTarget, Conflict (a rejected one), EngineError (the engine is as before), or
+        PublishFailed (its logprobs were wrong: it is rejected and the former version is back).
+        """
+        if policy != self.policy:
+            raise UnknownTarget(f"no policy {policy!r} is served here: it is {self.policy!r}")
+        async with self._one_at_a_time:
+            target = await self._writer.submit(lambda store: store.get_version(policy, version))
+            if target.status is VersionStatus.REJECTED:
+                raise Conflict(f"version {version} of {policy} was rejected: {target.note}")
+            started = time.perf_counter()
+            with self._hold.closed(CHANGING):
+                difference = await self._take_over(target)
+            seconds = time.perf_counter() - started
+        self._metrics.swap_seconds.observe(seconds)
+        log.info("version %d of %s took over in %.3f s", version, policy, seconds)
+        return Promotion(policy, version, VersionStatus.ACTIVE.value, seconds, difference)
+
+    async def rollback(self, policy: str, version: int | None) -> Promotion:
+        """Go back to a version; by default to the parent of the active one."""
+        if version is None:
+            active = await self._writer.submit(lambda store: store.active_version(policy))
+            if active is None or active.parent is None:
+                raise Conflict(f"policy {policy!r} has no earlier version to go back to")
+            version = active.parent
+        return await self.promote(policy, version)
+
+    async def _take_over(self, target: PolicyVersion) -> float | None:
+        former = self._serving
+        try:
+            await self._load(target)
+            difference = await self._verify(target)
+            await self._writer.submit(lambda store: store.activate_version(target.policy, target.version))
+        except PublishFailed as failure:
+            await self._put_back(former)
+            note = str(failure)
+            await self._writer.submit(lambda store: _reject(store, target, note))
+            raise
+        except EngineError:
+            await self._put_back(former)
+            raise
+        self._runs(target)
+        return difference
+
+    async def _load(self, version: PolicyVersion) -> None:
+        directory = Path(version.path)
+        if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
+            # vLLM answers a bad path by dying a call later.
+            raise PublishFailed(
+                f"{directory} holds no config.json with *.safetensors that can be read from here"
+            )
+        async with self._engine.paused():
+            await self._engine.reload_weights(directory)
+
+    async def _verify(self, version: PolicyVersion) -> float | None:
+        """Largest difference (nats) between the engine's and the trainer's probe logprobs."""
+        if version.probe is None:
+            return None
+        ids = [int(token) for token in version.probe["prompt_token_ids"]]
+        expected = [float(value) for value in version.probe["logprobs"]]
+        got = await self._engine.prompt_logprobs(self.policy, ids)
+        difference = max((abs(a - b) for a, b in zip(got, expected, strict=True)), default=0.0)
+        if not difference <= self._tolerance:
+            raise PublishFailed(
+                f"under version {version.version} the engine's logprobs of the fixed prompt are off by "
+                f"{difference:.4g} nats, more than train.verify_tolerance {self._tolerance:g}"
+            )
+        return difference
+
+    async def _put_back(self, former: PolicyVersion | None) -> None:
+        if former is None:
+            return
+        try:
+            await self._load(former)
+        except (EngineError, PublishFailed) as error:
+            log.error("version %d could not be put back: %s", former.version, error)
+            self.lost()
+
+
+def _reject(store: Store, version: PolicyVersion, note: str) -> None:
+    """A staged version that fails is rejected, and what it was made of is given back."""
+    if version.status is VersionStatus.STAGED:
+        store.reject_version(version.policy, version.version, note)

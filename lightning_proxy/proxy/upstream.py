@@ -1,0 +1,122 @@
+"""Connections to the model endpoint, and which headers travel either way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
+
+from lightning_proxy.errors import ConfigError
+
+from .attribution import KEY_PREFIX, api_key
+
+# RFC 9110 section 7.6.1, with the headers that older proxies send.
+_HOP_BY_HOP = frozenset(
+    ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
+     "te", "trailer", "trailers", "transfer-encoding", "upgrade")
+)  # fmt: skip
+_OUR_OWN = frozenset(("x-rollout-id", "x-attempt", "x-role"))
+_AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+
+# uvicorn, vLLM's server, closes idle connections after 5 s, and at once after a pause: a pooled
+# connection is dropped well before that.
+_IDLE_S = 2.0
+
+
+class Upstream:
+    """The endpoint that calls are forwarded to: ``/v1/X`` goes to ``{base}/X``."""
+
+    def __init__(self, base: str, key: str | None, token: str | None = None) -> None:
+        if not base.startswith(("http://", "https://")):
+            raise ConfigError(f"upstream {base!r} is no URL: it should look like http://127.0.0.1:8000/v1")
+        self.base = base.rstrip("/")
+        self._key = key
+        self._token = token
+        self._session: aiohttp.ClientSession | None = None
+
+    async def start(self) -> None:
+        """Open the connection pool."""
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            skip_auto_headers=_AUTO_HEADERS,
+            max_line_size=65536,
+            max_field_size=65536,
+        )
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if self._session is not None:
+            await self._session.close()
+
+    def url(self, path_and_query: str) -> URL:
+        """Where a request goes: ``/v1/X`` to ``{base}/X``, anything else to the endpoint's root."""
+        if path_and_query == "/v1" or path_and_query.startswith(("/v1/", "/v1?")):
+            return URL(self.base + path_and_query[3:], encoded=True)
+        return URL(self.base.removesuffix("/v1") + path_and_query, encoded=True)
+
+    async def open(
+        self, method: str, path_and_query: str, headers: Mapping[str, str], body: Any
+    ) -> aiohttp.ClientResponse:
+        """Send a request; return once the response's headers are there.
+
+        A connection that the engine closed while it lay in the pool fails before a byte comes
+        back: that one case is tried again, once. Raises aiohttp.ClientError.
+        """
+        assert self._session is not None, "start() comes first"
+        url = self.url(path_and_query)
+        try:
+            return await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            repeatable = body is None or isinstance(body, bytes)
+            if not repeatable or isinstance(error, aiohttp.ClientConnectorError):
+                raise
+            return await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
+
+    def request_headers(self, headers: CIMultiDictProxy[str], *, captured: bool) -> CIMultiDict[str]:
+        """What of an agent's headers goes to the upstream."""
+        kept = _end_to_end(headers)
+        kept.popall("Host", None)
+        for name in _OUR_OWN:
+            kept.popall(name, None)
+        if captured:
+            # The body's length may change, and an answer that we must read comes uncompressed.
+            kept.popall("Content-Length", None)
+            kept["Accept-Encoding"] = "identity"
+        self._set_key(kept)
+        return kept
+
+    def _set_key(self, headers: CIMultiDict[str]) -> None:
+        """A key of ours must not travel; the upstream's own replaces whatever the agent sent."""
+        sent = api_key(headers)
+        ours = sent is not None and (sent.startswith(KEY_PREFIX) or sent == self._token)
+        if self._key is None and not ours:
+            return
+        as_x_api_key = "x-api-key" in headers
+        headers.popall("Authorization", None)
+        headers.popall("x-api-key", None)
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+            if as_x_api_key:
+                headers["x-api-key"] = self._key
+
+
+def response_headers(headers: CIMultiDictProxy[str], *, rewritten: bool) -> CIMultiDict[str]:
+    """What of the upstream's headers goes to the agent."""
+    kept = _end_to_end(headers)
+    if rewritten:
+        kept.popall("Content-Length", None)
+    return kept
+
+
+def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    dropped = _HOP_BY_HOP
+    if "Connection" in headers:
+        named = ",".join(headers.getall("Connection")).lower().split(",")
+        dropped = dropped | {name.strip() for name in named}
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)

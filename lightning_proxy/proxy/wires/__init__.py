@@ -1,0 +1,25 @@
+"""One module per API that generates tokens. No I/O.
+
+A wire says what to add to a request so that the engine tells its tokens (``prepare``), and a
+``Collector`` takes that out of the answer again while it records it. Streamed or not, the agent
+gets what it would have got without us. ``wire_for`` is the table of paths.
+"""
+
+from __future__ import annotations
+
+from .base import Captured, Collector, Prepared, Wire
+from .chat import ChatWire
+from .completions import CompletionsWire
+
+_WIRES: dict[str, Wire] = {
+    "/v1/chat/completions": ChatWire(),
+    "/v1/completions": CompletionsWire(),
+}
+
+
+def wire_for(method: str, path: str) -> Wire | None:
+    """The wire that a request speaks, or ``None`` where it generates nothing we capture."""
+    return _WIRES.get(path) if method == "POST" else None
+
+
+__all__ = ["Captured", "Collector", "Prepared", "Wire", "wire_for"]

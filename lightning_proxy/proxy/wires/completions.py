@@ -1,0 +1,38 @@
+"""Completions: ``POST /v1/completions``."""
+
+from __future__ import annotations
+
+from .base import Choice, Collector, Json, Prepared, Wire
+
+
+class CompletionsWire(Wire):
+    """https://platform.openai.com/docs/api-reference/completions, with ``return_token_ids``."""
+
+    name = "completions"
+    ask_logprobs = 0  # the sampled token's own, no alternatives
+
+    def wants_logprobs(self, request: Json) -> bool:
+        return request.get("logprobs") is not None
+
+    def may_ask(self, request: Json) -> bool:
+        # `echo` mixes the prompt into text, ids and logprobs; beam search samples nothing.
+        return not (request.get("echo") or request.get("use_beam_search"))
+
+    def collector(self, prepared: Prepared) -> Collector:
+        return _CompletionsCollector(prepared)
+
+
+class _CompletionsCollector(Collector):
+    def _logprobs_of(self, choice: Json) -> list[float]:
+        return choice["logprobs"].get("token_logprobs") or []
+
+    def _take_content(self, choice: Json, state: Choice) -> None:
+        body = state.body
+        if not body:
+            body.update(index=choice.get("index", 0), text="", finish_reason=None)
+        if choice.get("finish_reason") is not None:
+            body["finish_reason"] = choice["finish_reason"]
+        body["text"] += choice.get("text") or ""
+
+    def _is_only_capture(self, choice: Json) -> bool:
+        return False  # vLLM sends the same chunks either way

@@ -1,0 +1,155 @@
+"""Spans with their generations. Adding one is the hot path of the whole system."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from lightning_proxy.errors import UnknownTarget
+from lightning_proxy.store.connection import translated
+from lightning_proxy.store.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
+from lightning_proxy.store.records import Fidelity, Generation, Span
+from lightning_proxy.store.rollouts import Rollouts, encode
+
+# Constant texts, so that SQLite's statements stay prepared in the connection's cache.
+_ADD_SPAN = """
+INSERT INTO spans (
+  rollout_id, attempt, role, wire, model, policy, policy_version, policy_version_end,
+  attributed_by, attribution_confidence, started_at, first_byte_at, ended_at, streamed, status,
+  response_id, fidelity, error_class, error, usage, sampling, request, response
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_ADD_GENERATION = """
+INSERT INTO generations (span_id, choice, finish_reason, prompt_token_ids, response_token_ids, logprobs)
+VALUES (?, ?, ?, ?, ?, ?)"""
+_GENERATIONS = """
+SELECT * FROM generations WHERE span_id IN (SELECT value FROM json_each(?)) ORDER BY span_id, choice"""
+
+
+class Spans(Rollouts):
+    """The spans' part of the store."""
+
+    def add_span(self, span: Span) -> int:
+        """Record a span with its generations, and its rollout and attempt where they are new.
+
+        Returns its id. Raises ``StoreError`` for one that has both a response and an error, or neither.
+        """
+        with self.transaction():
+            return self.write_span(span)
+
+    def write_span(self, span: Span) -> int:
+        """:meth:`add_span` for a caller in a transaction, who rolls back if this raises."""
+        try:
+            self.know_attempt(span.rollout_id, span.attempt, span.started_at)
+            return self._insert(span)
+        except sqlite3.IntegrityError as error:
+            # Somebody else may have deleted the rollout that we remember.
+            pair = (span.rollout_id, span.attempt)
+            if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY or pair not in self._known_attempts:
+                raise translated(error) or error from error
+            self._known_attempts.discard(pair)
+            return self.write_span(span)
+        except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
+            raise translated(error) or error from error
+
+    def _insert(self, span: Span) -> int:
+        execute = self.connection.execute
+        # Exact builtin types only: sqlite3 looks for an adapter for every other one, enums and bools included.
+        span_id = execute(
+            _ADD_SPAN,
+            (
+                span.rollout_id,
+                span.attempt,
+                span.role,
+                span.wire,
+                span.model,
+                span.policy,
+                span.policy_version,
+                span.policy_version_end,
+                span.attributed_by,
+                span.attribution_confidence,
+                span.started_at,
+                span.first_byte_at,
+                span.ended_at,
+                1 if span.streamed else 0,
+                span.status,
+                span.response_id,
+                span.fidelity.value,
+                span.error_class,
+                span.error,
+                encode(span.usage) if span.usage is not None else None,
+                encode(span.sampling) if span.sampling else "{}",
+                span.request,
+                span.response,
+            ),
+        ).lastrowid
+        assert span_id is not None  # an INSERT into a table with a rowid has one
+        for choice, generation in enumerate(span.generations):
+            execute(
+                _ADD_GENERATION,
+                (
+                    span_id,
+                    choice,
+                    generation.finish_reason,
+                    pack_ids(generation.prompt_token_ids),
+                    pack_ids(generation.response_token_ids),
+                    pack_logprobs(generation.logprobs),
+                ),
+            )
+        return span_id
+
+    def get_span(self, span_id: int) -> Span:
+        """One span. Raises ``UnknownTarget``."""
+        found = self._spans("SELECT * FROM spans WHERE span_id = ?", (span_id,))
+        if not found:
+            raise UnknownTarget(f"no span {span_id}")
+        return found[0]
+
+    def list_spans(
+        self,
+        *,
+        rollout_id: str | None = None,
+        attempt: int | None = None,
+        limit: int = 100,
+        before: int | None = None,
+    ) -> list[Span]:
+        """Spans, newest first, with their generations; ``before`` is the span id to go on from."""
+        wanted = {"rollout_id = ?": rollout_id, "attempt = ?": attempt, "span_id < ?": before}
+        where = " AND ".join(clause for clause, value in wanted.items() if value is not None) or "1"
+        values = [value for value in wanted.values() if value is not None]
+        return self._spans(f"SELECT * FROM spans WHERE {where} ORDER BY span_id DESC LIMIT ?", (*values, limit))
+
+    def spans_of_attempt(self, rollout_id: str, attempt: int) -> tuple[Span, ...]:
+        """All spans of one attempt, in the order in which they were started."""
+        return tuple(
+            self._spans(
+                "SELECT * FROM spans WHERE rollout_id = ? AND attempt = ? ORDER BY started_at, span_id",
+                (rollout_id, attempt),
+            )
+        )
+
+    def _spans(self, sql: str, parameters: Sequence[Any]) -> list[Span]:
+        rows = self.rows(sql, parameters)
+        generations: defaultdict[int, list[Generation]] = defaultdict(list)
+        for row in self.rows(_GENERATIONS, (orjson.dumps([row["span_id"] for row in rows]).decode(),)):
+            generations[row["span_id"]].append(
+                Generation(
+                    prompt_token_ids=unpack_ids(row["prompt_token_ids"]),
+                    response_token_ids=unpack_ids(row["response_token_ids"]),
+                    logprobs=unpack_logprobs(row["logprobs"]),
+                    finish_reason=row["finish_reason"],
+                )
+            )
+        return [_span_from(row, tuple(generations[row["span_id"]])) for row in rows]
+
+
+def _span_from(row: sqlite3.Row, generations: tuple[Generation, ...]) -> Span:
+    values = dict(row)
+    values["fidelity"] = Fidelity(values["fidelity"])
+    values["streamed"] = bool(values["streamed"])
+    values["usage"] = None if values["usage"] is None else orjson.loads(values["usage"])
+    values["sampling"] = orjson.loads(values["sampling"])
+    return Span(**values, generations=generations)

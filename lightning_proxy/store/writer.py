@@ -1,0 +1,312 @@
+"""The one writer thread of an asyncio process, and its group commit.
+
+Whatever waits when the thread gets round to it is written in one transaction. So a busy process
+commits rarely and an idle one at once, and nobody sets a batch size or a delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from lightning_proxy.errors import StoreError, StoreUnavailable
+from lightning_proxy.store.connection import Synchronous
+from lightning_proxy.store.records import Span
+from lightning_proxy.store.store import Store
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_LARGEST_BATCH = 256  # so that other processes get their turn, and the first in line their answer
+_SHORTEST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
+
+
+class _Job:
+    """A function to run, or a span to add, and the future of its result."""
+
+    __slots__ = ("fn", "future", "span")
+
+    def __init__(
+        self, future: asyncio.Future[Any], fn: Callable[[Store], Any] | None = None, span: Span | None = None
+    ) -> None:
+        self.future = future
+        self.fn = fn
+        self.span = span
+
+
+_Outcome = tuple["asyncio.Future[Any]", Any, Exception | None]
+
+
+class _Undone(Exception):  # a signal within this file
+    """A job failed after it had written: the batch must run again with savepoints."""
+
+
+class Writer:
+    """Runs functions on a :class:`Store` in a thread of its own, many to a transaction.
+
+    While the database is locked, full or unreadable, what was submitted stays in memory, its
+    futures stay pending, and the transaction is tried again until it succeeds.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        synchronous: Synchronous = "normal",
+        busy_timeout_s: float = 5.0,
+        create: bool = True,
+        max_pending: int = 10_000,
+    ) -> None:
+        """``max_pending``: spans that may wait; see :meth:`submit_span`. The rest: :meth:`Store.open`."""
+        self.path = Path(path)
+        self.max_pending = max_pending
+        self.healthy = True  # False from a failed transaction until one succeeds
+        self.dropped = 0  # spans given up since the start
+        self.last_error: str | None = None  # of the last failed transaction
+        self._open = partial(
+            Store.open, path, synchronous=synchronous, busy_timeout_s=busy_timeout_s, create=create
+        )
+        self._lock = threading.Lock()  # guards everything below
+        self._waiting: deque[_Job] = deque()
+        self._waiting_spans = 0
+        self._in_hand = 0  # jobs in the transaction that runs
+        self._incomplete: dict[str, str] = {}  # rollouts that lost a span: why
+        self._idle = False  # the thread waits on _wake
+        self._closing = False
+        self._wake = threading.Semaphore(0)
+        self._give_up = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended: asyncio.Future[None] | None = None
+
+    @property
+    def pending(self) -> int:
+        """Jobs that have been submitted and not committed."""
+        return len(self._waiting) + self._in_hand
+
+    def start(self) -> None:
+        """Open the database (see :meth:`Store.open` for what it raises) and start the thread."""
+        if self._thread is not None:
+            raise StoreError("this writer has been started already")
+        self._loop = asyncio.get_running_loop()
+        self._ended = self._loop.create_future()
+        store = self._open()
+        # A daemon: a process that ends without close() must not hang on a locked database.
+        self._thread = threading.Thread(target=self._work, args=(store,), name="store-writer", daemon=True)
+        self._thread.start()
+
+    async def close(self, timeout_s: float = 10.0) -> None:
+        """Write what waits, then end the thread.
+
+        What cannot be written within ``timeout_s`` fails with ``StoreUnavailable``.
+        """
+        if self._thread is None or self._ended is None:
+            return
+        with self._lock:
+            self._closing = True
+            self._wake_up()
+        done, _ = await asyncio.wait([self._ended], timeout=timeout_s)
+        if not done:
+            self._give_up.set()
+            await self._ended
+        self._thread.join()
+
+    def submit(self, fn: Callable[[Store], T]) -> asyncio.Future[T]:
+        """Run ``fn`` in the next transaction; the future has its result once that has committed.
+
+        ``fn`` runs in the writer's thread, and again where the transaction must be repeated: it
+        must do nothing but work on the store. Its exception undoes its own writes only. To be
+        called on the event loop.
+        """
+        job = _Job(self._new_future(), fn=fn)
+        with self._lock:
+            self._enqueue(job)
+            self._wake_up()
+        return job.future
+
+    def submit_span(self, span: Span) -> asyncio.Future[int]:
+        """Add a span in the next transaction; the future has its id once that has committed.
+
+        Where more than ``max_pending`` spans wait, the oldest is dropped: its future fails with
+        ``StoreUnavailable`` and its rollout is marked incomplete as soon as that can be written.
+        """
+        job = _Job(self._new_future(), span=span)
+        with self._lock:
+            self._enqueue(job)
+            self._waiting_spans += 1
+            oldest = self._drop_oldest_span() if self._waiting_spans > self.max_pending else None
+            self._wake_up()
+        if oldest is not None and not oldest.future.done():
+            oldest.future.set_exception(self._lost())
+        return job.future
+
+    def _new_future(self) -> asyncio.Future[Any]:
+        if self._loop is None:
+            raise StoreError("this writer has not been started")
+        return self._loop.create_future()
+
+    def _enqueue(self, job: _Job) -> None:
+        """Called with the lock held."""
+        if self._closing:
+            raise StoreError(f"this writer has ended: {self.last_error or 'it was closed'}")
+        self._waiting.append(job)
+
+    def _lost(self) -> StoreUnavailable:
+        return StoreUnavailable(f"more than {self.max_pending} spans wait: the oldest was dropped")
+
+    def _wake_up(self) -> None:
+        """Called with the lock held."""
+        if self._idle:
+            self._idle = False
+            self._wake.release()
+
+    def _drop_oldest_span(self) -> _Job | None:
+        """Called with the lock held. The spans of the transaction that runs are out of reach."""
+        for index, job in enumerate(self._waiting):
+            if job.span is not None:
+                del self._waiting[index]
+                self._waiting_spans -= 1
+                self.dropped += 1
+                self._incomplete.setdefault(job.span.rollout_id, "a span was dropped: the database was unavailable")
+                return job
+        return None
+
+    # Everything below runs in the writer's thread.
+
+    def _work(self, store: Store) -> None:
+        pause_s = _SHORTEST_PAUSE_S
+        try:
+            while batch := self._take():
+                try:
+                    outcomes = self._write(store, batch)
+                except StoreError as error:
+                    self._failed(batch, error)
+                    if self._give_up.wait(pause_s):
+                        break
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                except BaseException as error:  # not an error of the database or of a job: this code's own
+                    self._failed(batch, StoreError(repr(error)))
+                    raise
+                else:
+                    pause_s = _SHORTEST_PAUSE_S
+                    self._succeeded(outcomes)
+        finally:
+            self._finish()
+            store.close()
+            self._call_loop(self._end)
+
+    def _take(self) -> list[_Job]:
+        """Wait until there is something to write, and take it; empty where the writer closes."""
+        while True:
+            with self._lock:
+                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _LARGEST_BATCH))]
+                if batch or self._closing:
+                    self._in_hand = len(batch)
+                    self._waiting_spans -= sum(job.span is not None for job in batch)
+                    return batch
+                self._idle = True
+            self._wake.acquire()
+
+    def _write(self, store: Store, batch: list[_Job]) -> list[_Outcome]:
+        """Commit a batch. Savepoints cost more than the writes, so they are for when they are needed."""
+        with self._lock:
+            incomplete = dict(self._incomplete)
+        try:
+            outcomes = self._transact(store, batch, incomplete, savepoints=False)
+        except _Undone:
+            outcomes = self._transact(store, batch, incomplete, savepoints=True)
+        with self._lock:
+            for rollout_id in incomplete:
+                del self._incomplete[rollout_id]
+        return outcomes
+
+    def _transact(
+        self, store: Store, batch: list[_Job], incomplete: dict[str, str], *, savepoints: bool
+    ) -> list[_Outcome]:
+        outcomes: list[_Outcome] = []
+        with store.transaction():
+            for rollout_id, why in incomplete.items():
+                store.mark_incomplete(rollout_id, why)
+            for job in batch:
+                changes = store.connection.total_changes
+                try:
+                    if savepoints:
+                        with store.transaction():
+                            result = _run(job, store)
+                    else:
+                        result = _run(job, store)
+                except StoreUnavailable:
+                    raise
+                except Exception as error:  # goes to whoever submitted the job
+                    if not savepoints and store.connection.total_changes != changes:
+                        raise _Undone from error
+                    outcomes.append((job.future, None, error))
+                else:
+                    outcomes.append((job.future, result, None))
+        return outcomes
+
+    def _failed(self, batch: list[_Job], error: StoreError) -> None:
+        if self.healthy:
+            _log.warning("%s: %s; %d writes wait and are tried again", self.path, error, self.pending)
+        self.healthy = False
+        self.last_error = str(error)
+        with self._lock:
+            self._waiting.extendleft(reversed(batch))
+            self._waiting_spans += sum(job.span is not None for job in batch)
+            self._in_hand = 0
+            over = max(0, self._waiting_spans - self.max_pending)
+            dropped = [job for job in (self._drop_oldest_span() for _ in range(over)) if job is not None]
+        if dropped:
+            self._call_loop(_resolve, [(job.future, None, self._lost()) for job in dropped])
+
+    def _succeeded(self, outcomes: list[_Outcome]) -> None:
+        if not self.healthy:
+            _log.warning("%s: the database can be written again; %d spans were dropped", self.path, self.dropped)
+        self.healthy = True
+        self._in_hand = 0
+        self._call_loop(_resolve, outcomes)
+
+    def _finish(self) -> None:
+        """Fail what is left: nothing, unless the database stayed unavailable or a job broke the thread."""
+        with self._lock:
+            self._closing = True
+            left = list(self._waiting)
+            self._waiting.clear()
+            self.dropped += sum(job.span is not None for job in left)
+        if left:
+            _log.error("%s: %d writes are lost: %s", self.path, len(left), self.last_error)
+            lost = StoreUnavailable(f"the writer was closed while the database was unavailable: {self.last_error}")
+            self._call_loop(_resolve, [(job.future, None, lost) for job in left])
+
+    def _end(self) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
+
+    def _call_loop(self, callback: Callable[..., object], *arguments: object) -> None:
+        loop = cast(asyncio.AbstractEventLoop, self._loop)
+        if not loop.is_closed():  # closed: nobody waits for the futures any more
+            loop.call_soon_threadsafe(callback, *arguments)
+
+
+def _run(job: _Job, store: Store) -> Any:
+    if job.span is not None:
+        return store.write_span(job.span)
+    return cast(Callable[[Store], Any], job.fn)(store)
+
+
+def _resolve(outcomes: list[_Outcome]) -> None:
+    for future, result, error in outcomes:
+        if future.done():  # cancelled by whoever waited
+            continue
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
