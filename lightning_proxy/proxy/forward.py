@@ -108,7 +108,8 @@ class Forwarder:
             try:
                 answer = await self._upstream.open(request.method, split.path, headers, call.prepared.body)
             except (aiohttp.ClientError, TimeoutError) as error:
-                await self._commit(call, "upstream_unreachable", repr(error))
+                call.status = 502
+                await self._commit(call, "upstream_unreachable", str(error))
                 return self._unreachable(wire.name, error)
             async with answer:
                 return await self._relay(request, answer, call)
@@ -197,7 +198,7 @@ class Forwarder:
         self._metrics.calls.labels(wire, "5xx").inc()
         log.warning("upstream %s is not reachable: %r", self._upstream.base, error)
         return problem(
-            502, "upstream_unreachable", f"the model endpoint {self._upstream.base} did not answer: {error!r}"
+            502, "upstream_unreachable", f"the model endpoint {self._upstream.base} did not answer: {error}"
         )
 
 

@@ -35,18 +35,30 @@ class SseParser:
         """Take the next bytes; return the events that they complete."""
         scan_from = max(0, len(self._buffer) - _LONGEST_BLANK)
         buffer = self._buffer + chunk if self._buffer else chunk
+        find_end = _end_of_lf_event if b"\r" not in buffer else _end_of_event
         events: list[Event] = []
         start = 0
-        while (match := _BLANK_LINE.search(buffer, max(start, scan_from))) is not None:
-            raw = buffer[start : match.end()]
+        while (end := find_end(buffer, max(start, scan_from))) != -1:
+            raw = buffer[start:end]
             events.append(Event(raw, _data_of(raw)))
-            start = match.end()
+            start = end
         self._buffer = buffer[start:]
         return events
 
     def rest(self) -> bytes:
         """What came after the last complete event."""
         return self._buffer
+
+
+def _end_of_lf_event(buffer: bytes, start: int) -> int:
+    """Where the next event ends, in a stream without CR: the search that costs least."""
+    at = buffer.find(b"\n\n", start)
+    return at if at == -1 else at + 2
+
+
+def _end_of_event(buffer: bytes, start: int) -> int:
+    match = _BLANK_LINE.search(buffer, start)
+    return -1 if match is None else match.end()
 
 
 def _data_of(raw: bytes) -> bytes | None:

@@ -174,7 +174,8 @@ class Collector(ABC):
         body = self._whole
         if body is None:
             choices = [self._choices[index].body for index in sorted(self._choices)]
-            body = orjson.dumps({**self._head, "choices": choices, "usage": self._usage})
+            kind = str(self._head.get("object", "")).removesuffix(".chunk")
+            body = orjson.dumps({**self._head, "object": kind, "choices": choices, "usage": self._usage})
         response_id = self._head.get("id")
         return Captured(
             response=body,
