@@ -39,7 +39,12 @@ _CPU_ENV = {
     "HF_HUB_OFFLINE": "1",
 }
 _CPU_ARGS = (("--dtype", "float32"), ("--max-num-seqs", "32"), ("--enforce-eager",))
-_TOOL_ARGS = (("--enable-auto-tool-choice",), ("--tool-call-parser", "hermes"))
+# The access log would be a line for each of our own /health requests and each call.
+_ALWAYS_ARGS = (
+    ("--enable-auto-tool-choice",),
+    ("--tool-call-parser", "hermes"),
+    ("--disable-uvicorn-access-log",),
+)
 _OURS_ALONE = frozenset({"model", "served-model-name", "host", "port"})
 
 
@@ -82,7 +87,7 @@ def build_command(
             f"engine.args sets --{taken[0]}, which is chosen by lightning-proxy; "
             "weights and their name are policy.model and policy.name"
         )
-    defaults = (*_TOOL_ARGS, *(_CPU_ARGS if cpu else ()))
+    defaults = (*_ALWAYS_ARGS, *(_CPU_ARGS if cpu else ()))
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     argv += ["--served-model-name", policy, "--host", "127.0.0.1", "--port", str(port)]
     argv += [word for option in defaults if _option_name(option[0]) not in chosen for word in option]

@@ -57,7 +57,8 @@ class Policies(Connection):
 
     def next_version(self, policy: str) -> int:
         """The number of the version to be made next."""
-        return int(self.scalar("SELECT coalesce(max(version) + 1, 0) FROM policy_versions WHERE policy = ?", (policy,)))
+        sql = "SELECT coalesce(max(version) + 1, 0) FROM policy_versions WHERE policy = ?"
+        return int(self.scalar(sql, (policy,)))
 
     def activate_version(self, policy: str, version: int, note: str | None = None) -> PolicyVersion:
         """Let a version serve; the former one is retired, with ``note`` as the reason.
@@ -67,11 +68,14 @@ class Policies(Connection):
         with self.transaction():
             present = self.get_version(policy, version)
             if present.status is VersionStatus.REJECTED:
-                raise Conflict(f"version {version} of {policy!r} was rejected: {present.note or 'no reason was given'}")
+                raise Conflict(
+                    f"version {version} of {policy!r} was rejected: {present.note or 'no reason given'}"
+                )
             if present.status is VersionStatus.ACTIVE:
                 return present
             self.connection.execute(
-                "UPDATE policy_versions SET status = 'retired', note = ? WHERE policy = ? AND status = 'active'",
+                "UPDATE policy_versions SET status = 'retired', note = ? "
+                "WHERE policy = ? AND status = 'active'",
                 (note, policy),
             )
             self.connection.execute(
@@ -91,8 +95,8 @@ class Policies(Connection):
                 return
             if present.status not in (VersionStatus.STAGED, VersionStatus.CANARY):
                 raise Conflict(
-                    f"version {version} of {policy!r} is {present.status.value}: only one that has not taken over "
-                    "can be rejected; roll back instead"
+                    f"version {version} of {policy!r} is {present.status.value}: only one that has not taken "
+                    "over can be rejected; roll back instead"
                 )
             self.connection.execute(
                 "UPDATE policy_versions SET status = 'rejected', note = ? WHERE policy = ? AND version = ?",
@@ -100,17 +104,22 @@ class Policies(Connection):
             )
             self.connection.execute(
                 "UPDATE training_runs SET state = ?, error = ? WHERE run_id = ? AND state = ?",
-                (RunState.FAILED.value, f"version {version} was rejected: {note}", present.run_id,
-                 RunState.COMMITTED.value),
+                (
+                    RunState.FAILED.value,
+                    f"version {version} was rejected: {note}",
+                    present.run_id,
+                    RunState.COMMITTED.value,
+                ),
             )
 
     def insert_version(self, version: PolicyVersion) -> None:
-        """Enter a new version. Runs in the caller's transaction. Raises ``Conflict`` if its number is taken."""
+        """Enter a new version, in the caller's transaction. Raises ``Conflict`` if its number is taken."""
         taken = "SELECT 1 FROM policy_versions WHERE policy = ? AND version = ?"
         if self.rows(taken, (version.policy, version.version)):
             raise Conflict(f"policy {version.policy!r} already has a version {version.version}")
         self.connection.execute(
-            "INSERT INTO policy_versions (policy, version, path, status, created_at, parent, run_id, probe, note) "
+            "INSERT INTO policy_versions "
+            "(policy, version, path, status, created_at, parent, run_id, probe, note) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 version.policy,

@@ -12,6 +12,8 @@ from lightning_proxy.store.records import Reward
 from lightning_proxy.store.rollouts import check_attempt
 from lightning_proxy.store.spans import Spans
 
+_SPAN = "SELECT span_id, rollout_id, attempt FROM spans"
+
 
 @dataclass(frozen=True, slots=True)
 class _Target:
@@ -54,10 +56,20 @@ class Rewards(Spans):
                     return reward_from(first), False
             target = self._target(rollout_id, response_id, span_id, attempt)
             reward_id = self.connection.execute(
-                "INSERT INTO rewards (rollout_id, attempt, span_id, name, value, source, comment, idempotency_key, "
-                "created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (target.rollout_id, target.attempt, target.span_id, name, number, source, comment, idempotency_key,
-                 time.time()),
+                "INSERT INTO rewards "
+                "(rollout_id, attempt, span_id, name, value, source, comment, idempotency_key, created_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    target.rollout_id,
+                    target.attempt,
+                    target.span_id,
+                    name,
+                    number,
+                    source,
+                    comment,
+                    idempotency_key,
+                    time.time(),
+                ),
             ).lastrowid
             row = self.row("SELECT * FROM rewards WHERE reward_id = ?", (reward_id,))
             assert row is not None  # inserted above, in this transaction
@@ -70,8 +82,12 @@ class Rewards(Spans):
 
     def counting_rewards(self, rollout_id: str) -> tuple[Reward, ...]:
         """The last entry for each attempt, span and name, in the order of their entry."""
-        last = {(reward.attempt, reward.span_id, reward.name): reward for reward in self.list_rewards(rollout_id)}
-        return tuple(sorted(last.values(), key=lambda reward: reward.reward_id or 0))
+        last: dict[tuple[int | None, int | None, str], Reward] = {}
+        for reward in self.list_rewards(rollout_id):
+            target = (reward.attempt, reward.span_id, reward.name)
+            last.pop(target, None)  # so that the correction stands at its own place in the order
+            last[target] = reward
+        return tuple(last.values())
 
     def counting_rewards_of_attempt(self, rollout_id: str, attempt: int) -> tuple[Reward, ...]:
         """Those of :meth:`counting_rewards` that are not for another attempt or a span of another one."""
@@ -94,11 +110,10 @@ class Rewards(Spans):
             return self._rollout_target(rollout_id, attempt)
         if response_id is not None:
             looked_for = f"span with the response id {response_id!r}"
-            sql = "SELECT span_id, rollout_id, attempt FROM spans WHERE response_id = ? ORDER BY span_id DESC LIMIT 1"
-            row = self.row(sql, (response_id,))
+            row = self.row(f"{_SPAN} WHERE response_id = ? ORDER BY span_id DESC LIMIT 1", (response_id,))
         else:
             looked_for = f"span {span_id}"
-            row = self.row("SELECT span_id, rollout_id, attempt FROM spans WHERE span_id = ?", (span_id,))
+            row = self.row(f"{_SPAN} WHERE span_id = ?", (span_id,))
         if row is None:
             raise UnknownTarget(f"no {looked_for}")
         if attempt not in (None, row["attempt"]):

@@ -16,7 +16,8 @@ from lightning_proxy.store.connection import Connection
 from lightning_proxy.store.records import Attempt, KeyOwner, Rollout, RolloutState
 
 _ADD_ROLLOUT = "INSERT OR IGNORE INTO rollouts (rollout_id, state, created_at) VALUES (?, 'open', ?)"
-_ADD_ATTEMPT = "INSERT OR IGNORE INTO attempts (rollout_id, number, started_at, state) VALUES (?, ?, ?, 'open')"
+_ADD_ATTEMPT = """
+INSERT OR IGNORE INTO attempts (rollout_id, number, started_at, state) VALUES (?, ?, ?, 'open')"""
 _MOST_KNOWN = 10_000
 _LONGEST_ID = 256
 
@@ -25,7 +26,11 @@ class Rollouts(Connection):
     """The rollouts' part of the store."""
 
     def create_rollout(
-        self, *, rollout_id: str | None = None, task_id: str | None = None, metadata: Mapping[str, Any] | None = None
+        self,
+        *,
+        rollout_id: str | None = None,
+        task_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> tuple[Rollout, bool]:
         """Make a rollout and its attempt 1; true where it was not there before.
 
@@ -45,7 +50,7 @@ class Rollouts(Connection):
             self.connection.execute(_ADD_ATTEMPT, (rollout_id, 1, now))
             present = self.get_rollout(rollout_id)
             if task_id is not None and present.task_id not in (None, task_id):
-                raise Conflict(f"rollout {rollout_id!r} belongs to task {present.task_id!r}, not to {task_id!r}")
+                raise Conflict(f"rollout {rollout_id!r} is of task {present.task_id!r}, not of {task_id!r}")
             self.connection.execute(
                 "UPDATE rollouts SET task_id = coalesce(task_id, ?), "
                 "metadata = CASE metadata WHEN '{}' THEN ? ELSE metadata END WHERE rollout_id = ?",
@@ -71,7 +76,8 @@ class Rollouts(Connection):
 
     def owner_of_key(self, key: str) -> KeyOwner | None:
         """Whose calls come with this key; ``None`` where it was not issued here."""
-        row = self.row("SELECT rollout_id, attempt, role FROM rollout_keys WHERE key_sha256 = ?", (_hashed(key),))
+        sql = "SELECT rollout_id, attempt, role FROM rollout_keys WHERE key_sha256 = ?"
+        row = self.row(sql, (_hashed(key),))
         return None if row is None else KeyOwner(row["rollout_id"], row["attempt"], row["role"])
 
     def get_rollout(self, rollout_id: str) -> Rollout:
@@ -84,10 +90,7 @@ class Rollouts(Connection):
     def list_attempts(self, rollout_id: str) -> list[Attempt]:
         """Its attempts, first to last."""
         rows = self.rows("SELECT * FROM attempts WHERE rollout_id = ? ORDER BY number", (rollout_id,))
-        return [
-            Attempt(row["rollout_id"], row["number"], row["started_at"], row["ended_at"], RolloutState(row["state"]))
-            for row in rows
-        ]
+        return [Attempt(**{**dict(row), "state": RolloutState(row["state"])}) for row in rows]
 
     def finish_rollout(self, rollout_id: str, state: RolloutState, reason: str | None = None) -> Rollout:
         """End a rollout and its last attempt; ending it the same way again changes nothing.
@@ -119,7 +122,8 @@ class Rollouts(Connection):
         with self.transaction():
             self.know_attempt(rollout_id, 1, time.time())
             self.connection.execute(
-                "UPDATE rollouts SET incomplete = coalesce(incomplete, ?) WHERE rollout_id = ?", (why, rollout_id)
+                "UPDATE rollouts SET incomplete = coalesce(incomplete, ?) WHERE rollout_id = ?",
+                (why, rollout_id),
             )
 
     def know_attempt(self, rollout_id: str, attempt: int, at: float) -> None:

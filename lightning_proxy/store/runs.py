@@ -18,7 +18,14 @@ import orjson
 
 from lightning_proxy.errors import Conflict, InvalidInput, LeaseHeld, LeaseLost, UnknownTarget
 from lightning_proxy.store.policies import Policies
-from lightning_proxy.store.records import Backlog, PolicyVersion, RecordedRollout, RunState, TrainingRun, VersionStatus
+from lightning_proxy.store.records import (
+    Backlog,
+    PolicyVersion,
+    RecordedRollout,
+    RunState,
+    TrainingRun,
+    VersionStatus,
+)
 from lightning_proxy.store.rewards import Rewards
 from lightning_proxy.store.rollouts import encode
 
@@ -30,7 +37,8 @@ JOIN attempts AS a ON a.rollout_id = r.rollout_id
 WHERE EXISTS (SELECT 1 FROM spans AS s
               WHERE s.rollout_id = r.rollout_id AND s.attempt = a.number AND s.policy = :policy)
   AND NOT EXISTS (SELECT 1 FROM consumptions AS c JOIN training_runs AS t USING (run_id)
-                  WHERE c.rollout_id = r.rollout_id AND t.policy = :policy AND t.state IN ('running', 'committed'))
+                  WHERE c.rollout_id = r.rollout_id AND t.policy = :policy
+                    AND t.state IN ('running', 'committed'))
 """
 # A reward for that attempt, for one of its spans, or for the rollout as a whole.
 _REWARDED = """
@@ -63,7 +71,8 @@ class Runs(Rewards, Policies):
             if held is not None:
                 raise LeaseHeld(
                     f"{held['owner']} is training {policy!r} since {_clock(held['started_at'])} "
-                    f"(run {held['run_id']}); its lease runs out at {_clock(held['lease_expires_at'])} unless it is renewed"
+                    f"(run {held['run_id']}); unless it is renewed, its lease runs out at "
+                    f"{_clock(held['lease_expires_at'])}"
                 )
             run_id = self.connection.execute(
                 "INSERT INTO training_runs (policy, state, owner, started_at, lease_expires_at) "
@@ -90,10 +99,14 @@ class Runs(Rewards, Policies):
 
     def preview(self, policy: str, limit: int) -> list[RecordedRollout]:
         """What :meth:`drain` would give, left where it is."""
-        return [self._recorded(rollout_id, attempt) for rollout_id, attempt in self._oldest_ready(policy, limit)]
+        ready = self._oldest_ready(policy, limit)
+        return [self._recorded(rollout_id, attempt) for rollout_id, attempt in ready]
 
     def give_back(self, run_id: int, rollout_ids: Iterable[str]) -> None:
-        """Leave these rollouts, drained by this run, to a later one. Raises ``UnknownTarget``, ``LeaseLost``."""
+        """Leave these rollouts of the run to a later one. Raises ``UnknownTarget``, ``LeaseLost``.
+
+        The order of draining does not change: the next drain meets them first.
+        """
         with self.transaction():
             self._leased(run_id)
             self.connection.executemany(
@@ -154,15 +167,17 @@ class Runs(Rewards, Policies):
     def list_runs(self, policy: str | None = None, limit: int = 100) -> list[TrainingRun]:
         """Training runs, newest first."""
         where, parameters = ("WHERE policy = ?", (policy,)) if policy is not None else ("", ())
-        rows = self.rows(f"SELECT * FROM training_runs {where} ORDER BY run_id DESC LIMIT ?", (*parameters, limit))
+        sql = f"SELECT * FROM training_runs {where} ORDER BY run_id DESC LIMIT ?"
+        rows = self.rows(sql, (*parameters, limit))
         return [_run_from(row) for row in rows]
 
     def backlog(self, policy: str) -> Backlog:
         """What waits for the policy's next run. A run in progress holds what it drained: not counted."""
         named = {"policy": policy}
         ready, spans = self.rows(
-            f"SELECT count(*), coalesce(sum((SELECT count(*) FROM spans AS s WHERE s.rollout_id = ready.rollout_id "
-            f"AND s.attempt = ready.number AND s.policy = :policy)), 0) FROM ({_READY}) AS ready",
+            f"SELECT count(*), coalesce(sum((SELECT count(*) FROM spans AS s "
+            f"WHERE s.rollout_id = ready.rollout_id AND s.attempt = ready.number "
+            f"AND s.policy = :policy)), 0) FROM ({_READY}) AS ready",
             named,
         )[0]
         unrewarded = self.scalar(f"SELECT count(*) {_UNCONSUMED} AND NOT {_REWARDED}", named)

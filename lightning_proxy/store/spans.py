@@ -48,7 +48,8 @@ class Spans(Rollouts):
         except sqlite3.IntegrityError as error:
             # Somebody else may have deleted the rollout that we remember.
             pair = (span.rollout_id, span.attempt)
-            if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY or pair not in self._known_attempts:
+            foreign = error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY
+            if not foreign or pair not in self._known_attempts:
                 raise translated(error) or error from error
             self._known_attempts.discard(pair)
             return self.write_span(span)
@@ -57,7 +58,7 @@ class Spans(Rollouts):
 
     def _insert(self, span: Span) -> int:
         execute = self.connection.execute
-        # Exact builtin types only: sqlite3 looks for an adapter for every other one, enums and bools included.
+        # Plain ints and texts: for enums and bools sqlite3 looks for an adapter each time.
         span_id = execute(
             _ADD_SPAN,
             (
@@ -120,7 +121,8 @@ class Spans(Rollouts):
         wanted = {"rollout_id = ?": rollout_id, "attempt = ?": attempt, "span_id < ?": before}
         where = " AND ".join(clause for clause, value in wanted.items() if value is not None) or "1"
         values = [value for value in wanted.values() if value is not None]
-        return self._spans(f"SELECT * FROM spans WHERE {where} ORDER BY span_id DESC LIMIT ?", (*values, limit))
+        sql = f"SELECT * FROM spans WHERE {where} ORDER BY span_id DESC LIMIT ?"
+        return self._spans(sql, (*values, limit))
 
     def spans_of_attempt(self, rollout_id: str, attempt: int) -> tuple[Span, ...]:
         """All spans of one attempt, in the order in which they were started."""

@@ -27,7 +27,8 @@ SELECT
   (SELECT count(*) FROM training_runs) AS runs,
   (SELECT count(*) FROM training_runs WHERE state = 'committed') AS runs_committed,
   (SELECT count(*) FROM policy_versions) AS versions,
-  (SELECT coalesce(max(ended_at), 0.0) FROM spans WHERE span_id = (SELECT max(span_id) FROM spans)) AS last_span_at"""
+  (SELECT coalesce(max(ended_at), 0.0) FROM spans
+   WHERE span_id = (SELECT max(span_id) FROM spans)) AS last_span_at"""
 
 
 class Store(Runs):

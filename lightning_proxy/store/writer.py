@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
+_WHY_DROPPED = "a span was dropped while the database was unavailable"
 _LARGEST_BATCH = 256  # so that other processes get their turn, and the first in line their answer
 _SHORTEST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
@@ -175,7 +176,7 @@ class Writer:
                 del self._waiting[index]
                 self._waiting_spans -= 1
                 self.dropped += 1
-                self._incomplete.setdefault(job.span.rollout_id, "a span was dropped: the database was unavailable")
+                self._incomplete.setdefault(job.span.rollout_id, _WHY_DROPPED)
                 return job
         return None
 
@@ -269,7 +270,7 @@ class Writer:
 
     def _succeeded(self, outcomes: list[_Outcome]) -> None:
         if not self.healthy:
-            _log.warning("%s: the database can be written again; %d spans were dropped", self.path, self.dropped)
+            _log.warning("%s: can be written again; %d spans were dropped so far", self.path, self.dropped)
         self.healthy = True
         self._in_hand = 0
         self._call_loop(_resolve, outcomes)
@@ -283,7 +284,9 @@ class Writer:
             self.dropped += sum(job.span is not None for job in left)
         if left:
             _log.error("%s: %d writes are lost: %s", self.path, len(left), self.last_error)
-            lost = StoreUnavailable(f"the writer was closed while the database was unavailable: {self.last_error}")
+            lost = StoreUnavailable(
+                f"the writer ended before the database could be written: {self.last_error}"
+            )
             self._call_loop(_resolve, [(job.future, None, lost) for job in left])
 
     def _end(self) -> None:
@@ -292,8 +295,11 @@ class Writer:
 
     def _call_loop(self, callback: Callable[..., object], *arguments: object) -> None:
         loop = cast(asyncio.AbstractEventLoop, self._loop)
-        if not loop.is_closed():  # closed: nobody waits for the futures any more
+        try:
             loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:
+            if not loop.is_closed():  # closed: nobody waits for the futures any more
+                raise
 
 
 def _run(job: _Job, store: Store) -> Any:

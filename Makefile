@@ -1,0 +1,37 @@
+# `make` alone lists what there is. Everything runs in .venv, which `make setup` makes and re-uses.
+SHELL := /bin/bash
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint types bench docs clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Install everything into .venv (CPU torch, vLLM, verl); a second run re-uses it
+	@scripts/setup.sh
+
+demo: setup ## The whole loop on this machine: an agent that learns through the proxy
+	@$(BIN)/lightning-proxy demo $(ARGS)
+
+test: setup lint types ## Lint, types and all tests, real vLLM and verl among them
+	@$(BIN)/pytest $(ARGS)
+
+test-fast: setup lint types ## The same without vLLM and verl, for daily work
+	@$(BIN)/pytest -m "not vllm and not train" $(ARGS)
+
+lint: setup ## ruff
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup ## mypy, strict
+	@$(BIN)/mypy
+
+bench: setup ## CPU time per captured call, beside nginx and a bare forwarder
+	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+docs: setup ## Write docs/settings.md from the code
+	@$(BIN)/python scripts/settings_reference.py docs/settings.md
+
+clean: ## Remove .venv, caches and what demo and tests left behind
+	rm -rf .venv build dist lightning-demo lightning-runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,165 @@
+"""train, run: learning from what was recorded, and recording one command."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lightning_proxy.cli.common import (
+    ConfigOption,
+    DbOption,
+    JsonOption,
+    ProxyOption,
+    open_store,
+    print_json,
+    proxy_client,
+    settings_from,
+)
+from lightning_proxy.errors import InvalidInput, StoreError, TrainingError
+
+if TYPE_CHECKING:
+    from lightning_proxy.config import Settings
+    from lightning_proxy.trainer.report import TrainReport
+
+NO_UPDATE = 3
+
+
+def run(
+    command: Annotated[list[str], typer.Argument(help="The command, behind --.", metavar="-- COMMAND...")],
+    rollout_id: Annotated[
+        str | None, typer.Option("--rollout-id", help="Default: the proxy makes one.")
+    ] = None,
+    task_id: Annotated[
+        str | None, typer.Option("--task-id", help="Rollouts of one task are compared with one another.")
+    ] = None,
+    role: Annotated[
+        str | None, typer.Option("--role", help="Which agent of several makes the calls.")
+    ] = None,
+    proxy: ProxyOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Run an unmodified command as one rollout; its exit code is ours.
+
+    It finds the proxy through OPENAI_BASE_URL, OPENAI_API_KEY, ANTHROPIC_BASE_URL and
+    ANTHROPIC_API_KEY; LIGHTNING_ROLLOUT_ID and LIGHTNING_REWARD_URL say where a reward may be posted.
+    """
+    from lightning_proxy.runner import RolloutRequest, run_command
+
+    settings = settings_from(config, train__proxy_url=proxy)
+    raise typer.Exit(run_command(command, proxy_client(settings), RolloutRequest(rollout_id, task_id, role)))
+
+
+def train(
+    watch: Annotated[bool, typer.Option("--watch", help="Go on, pass after pass, until stopped.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what it would train on; take nothing.")
+    ] = False,
+    require_update: Annotated[
+        bool, typer.Option("--require-update", help="Exit with 3 where no new version took over.")
+    ] = False,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="Weights to begin with, for the first run.")
+    ] = None,
+    proxy: ProxyOption = None,
+    json_: JsonOption = False,
+    db: DbOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Learn from what was recorded: one pass, made for cron.
+
+    Exit code 0: trained, or nothing to train on (a line says why; --require-update makes that 3).
+    1: failed; everything that was drained waits for the next run.
+    """
+    if watch and (dry_run or require_update):
+        raise InvalidInput(
+            "--watch goes on whatever a pass finds: give it without --dry-run and --require-update"
+        )
+    settings = settings_from(config, store__db=db, policy__model=model, train__proxy_url=proxy)
+    signal.signal(signal.SIGTERM, _exit_in_order)
+    if watch:
+        _watch(settings, json_)
+    else:
+        raise typer.Exit(_one_pass(settings, json_, dry_run=dry_run, require_update=require_update))
+
+
+def _exit_in_order(signum: int, frame: FrameType | None) -> None:
+    """Unwind, so that a run that is cut gives back what it drained at once."""
+    sys.exit(128 + signum)
+
+
+def _one_pass(settings: Settings, as_json: bool, *, dry_run: bool, require_update: bool) -> int:
+    from lightning_proxy.trainer.report import Outcome
+    from lightning_proxy.trainer.run import train_once
+
+    with open_store(settings) as store, _progress() as progress:
+        report = train_once(settings, store=store, progress=progress, dry_run=dry_run)
+    _print_report(report, as_json)
+    if report.outcome is Outcome.REJECTED:
+        return 1
+    idle = report.outcome in (Outcome.NOTHING, Outcome.STAGED_ONLY)
+    return NO_UPDATE if idle and require_update else 0
+
+
+def _watch(settings: Settings, as_json: bool) -> None:
+    """A pass that fails is reported and followed by the next; only a bug or a signal ends this."""
+    from lightning_proxy.trainer.report import Outcome
+    from lightning_proxy.trainer.run import Trainer
+
+    said = None
+    with (
+        open_store(settings) as store,
+        _progress() as progress,
+        Trainer(settings, store=store, progress=progress) as trainer,
+    ):
+        while True:
+            try:
+                report = trainer.train_once()
+            except (StoreError, TrainingError) as error:
+                typer.echo(f"lightning-proxy: {error}", err=True)
+            else:
+                if report.outcome is not Outcome.NOTHING or report.message != said:
+                    _print_report(report, as_json, indent=None)
+                said = report.message
+            time.sleep(settings.train.watch_interval_s)
+
+
+def _print_report(report: TrainReport, as_json: bool, *, indent: int | None = 2) -> None:
+    if as_json:
+        print_json(report.as_dict(), indent=indent)
+        return
+    typer.echo(f"{report.outcome.value}: {report.message}")
+    for what, reasons in report.left_out.items():
+        if reasons:
+            typer.echo(f"  {what} left out: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items()))
+    if report.seconds:
+        typer.echo(
+            "  seconds: " + ", ".join(f"{phase} {taken:.1f}" for phase, taken in report.seconds.items())
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Says what happens, on stderr: beside a moving sign and a clock on a terminal, else plain lines."""
+    if not sys.stderr.isatty():
+        yield lambda line: typer.echo(line, err=True)
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("training")
+
+        def say(line: str) -> None:
+            bar.console.print(line, highlight=False, markup=False)
+            bar.update(task, description=line)
+
+        yield say

@@ -1,0 +1,13 @@
+"""Settings: defaults < ``lightning.toml`` < environment < flags.
+
+``settings``  every setting there is, with type, default, range and meaning (read this first)
+``load``      puts the four sources together; names the key, where it stands and what is allowed
+``template``  the commented ``lightning.toml`` and ``docs/settings.md``, generated from ``settings``
+
+Imports nothing of ours but ``errors``.
+"""
+
+from lightning_proxy.config.load import load_settings
+from lightning_proxy.config.settings import Settings
+
+__all__ = ["Settings", "load_settings"]

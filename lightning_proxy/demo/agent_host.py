@@ -1,0 +1,174 @@
+"""A warm parent for many short runs of one Python script.
+
+    python agent_host.py SCRIPT --concurrency 32 --timeout 60
+
+Importing the ``openai`` package costs a second of CPU, more than a whole rollout. So this process
+imports it once, and forks for each job; the child then runs SCRIPT as ``__main__`` with its own
+arguments and environment, as ``python SCRIPT ...`` would. The script knows nothing of this.
+
+Jobs come in on stdin, one JSON object a line: ``{"id", "argv", "env"}``. Answers go out on stdout
+as runs end: ``{"id", "status", "output"}``, status being the exit status, negative for a signal,
+or ``"timeout"``. A run's stderr goes to ours. At the end of stdin the last runs are waited for.
+
+Standard library alone, and run by its path: a child inherits nothing of lightning-proxy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import runpy
+import selectors
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+_STDIN, _STDOUT = 0, 1
+_CANNED = (
+    'data: {"id":"c","object":"chat.completion.chunk","created":0,"model":"m","choices":[{"index":0,"delta":'
+    '{"role":"assistant","content":"","tool_calls":[{"index":0,"id":"t","type":"function","function":'
+    '{"name":"f","arguments":"{}"}}]},"finish_reason":null}]}\n\ndata: [DONE]\n\n'
+)
+
+
+@dataclass(slots=True)
+class Run:
+    """One child: its job's id, its process, when it must have ended, what it printed."""
+
+    job: Any
+    pid: int
+    deadline: float
+    output: bytearray = field(default_factory=bytearray)
+    timed_out: bool = False
+
+
+class Host:
+    """Forks for jobs, at most ``concurrency`` at a time, each for at most ``timeout_s``."""
+
+    def __init__(self, script: str, *, concurrency: int, timeout_s: float) -> None:
+        self._script = script
+        self._concurrency = concurrency
+        self._timeout_s = timeout_s
+        self._waiting: deque[dict[str, Any]] = deque()
+        self._running: dict[int, Run] = {}  # by the pipe that the child prints into
+        self._selector = selectors.DefaultSelector()
+        self._partial = b""
+        self._more = True
+
+    def serve(self) -> None:
+        """Work until stdin has ended and all jobs are done."""
+        self._selector.register(_STDIN, selectors.EVENT_READ)
+        while self._more or self._waiting or self._running:
+            while self._waiting and len(self._running) < self._concurrency:
+                self._start(self._waiting.popleft())
+            for key, _ in self._selector.select(self._patience()):
+                if key.fd == _STDIN:
+                    self._read_jobs()
+                else:
+                    self._read_output(key.fd)
+            self._kill_overdue()
+
+    def _patience(self) -> float | None:
+        if not self._running:
+            return None
+        return max(0.0, min(run.deadline for run in self._running.values()) - time.monotonic())
+
+    def _read_jobs(self) -> None:
+        data = os.read(_STDIN, 65536)
+        if not data:
+            self._more = False
+            self._selector.unregister(_STDIN)
+            return
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        self._waiting.extend(json.loads(line) for line in lines if line.strip())
+
+    def _start(self, job: dict[str, Any]) -> None:
+        ours, theirs = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(theirs, _STDOUT)
+            self._become(job)
+        os.close(theirs)
+        self._running[ours] = Run(job["id"], pid, time.monotonic() + self._timeout_s)
+        self._selector.register(ours, selectors.EVENT_READ)
+
+    def _become(self, job: dict[str, Any]) -> None:
+        """In the child: be ``python SCRIPT ...``, and end."""
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), _STDIN)
+            os.closerange(3, max([*self._running, 64]) + 8)
+            os.environ.update(job["env"])
+            sys.argv = [self._script, *job["argv"]]
+            runpy.run_path(self._script, run_name="__main__")
+            status = 0
+        except SystemExit as leaving:
+            status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        except BaseException:  # the script's own crash: report it as Python would, whatever it is
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _read_output(self, fd: int) -> None:
+        run = self._running[fd]
+        data = os.read(fd, 65536)
+        if data:
+            run.output += data
+            return
+        self._selector.unregister(fd)
+        os.close(fd)
+        del self._running[fd]
+        _, ended = os.waitpid(run.pid, 0)
+        status = "timeout" if run.timed_out else os.waitstatus_to_exitcode(ended)
+        answer = {"id": run.job, "status": status, "output": run.output.decode(errors="replace")}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+    def _kill_overdue(self) -> None:
+        now = time.monotonic()
+        for run in self._running.values():
+            if now >= run.deadline:
+                run.timed_out = True
+                run.deadline = now + 1.0  # until its pipe has closed
+                os.kill(run.pid, signal.SIGKILL)
+
+
+def warm_up() -> None:
+    """Import what a call through the SDK needs, by making one that never leaves this process."""
+    import httpx
+    import openai
+
+    transport = httpx.MockTransport(
+        lambda _: httpx.Response(200, headers={"content-type": "text/event-stream"}, text=_CANNED)
+    )
+    client = openai.OpenAI(base_url="http://warm-up/v1", api_key="none", http_client=httpx.Client(transport=transport))
+    for _ in client.chat.completions.create(
+        model="m", messages=[{"role": "user", "content": "warm up"}], stream=True
+    ):
+        pass
+    client.close()
+    gc.collect()
+    gc.freeze()  # children share these pages
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Run one script many times, quickly.")
+    parser.add_argument("script")
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--timeout", type=float, default=60.0)
+    args = parser.parse_args()
+    warm_up()
+    Host(args.script, concurrency=args.concurrency, timeout_s=args.timeout).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""The trainer: from recorded rollouts to a published policy version, in one pass made for cron.
+
+Read ``run.train_once`` first: its body is the summary. Then along the way the data goes:
+
+``transitions``   a recorded rollout -> one transition per generation; what is left out, counted
+``groups``        which rollouts are compared with one another (GRPO's group)
+``credit``        what each transition is credited with of its rollout's return
+``advantages``    credit relative to the group, once per rollout
+``trajectories``  transitions that extend one another, merged into one row by their token ids
+``batches``       rows as packed arrays; weights; mini-batches and micro-batches
+``backend/``      the update itself: the only place that imports verl, torch and ray
+``guard``         refuses an update that must not be published
+``publish``       writes, validates and promotes a version; clears away old ones
+``report``        what a pass did, as a record
+
+Everything outside ``backend/`` is NumPy and the standard library. This room imports the store,
+the settings and the errors, never the proxy or the runner: those are met over HTTP and in the store.
+"""

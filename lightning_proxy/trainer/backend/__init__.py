@@ -1,0 +1,84 @@
+"""The update engine: the only place that imports verl, torch and ray, and only when it is opened.
+
+``open_backend`` gives a ``Backend``; ``verl_backend`` implements it with verl's ``TrainingWorker``,
+in this process or on several Ray workers; ``worker`` is what runs on each of them; ``cpu_platform``
+teaches verl to run on a CPU; ``estimators`` are verl's advantage estimators by name. This file
+itself needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol, cast
+
+from lightning_proxy.config.settings import TrainSettings
+from lightning_proxy.errors import MissingExtra
+from lightning_proxy.trainer.advantages import AdvantageEstimator
+from lightning_proxy.trainer.batches import Floats, Rows
+
+
+class Backend(Protocol):
+    """Weights, an optimiser, and what a pass of the trainer does with them."""
+
+    def logprobs(self, rows: Rows) -> Floats:
+        """Log-probability (natural log, temperature 1) of each token given those before it in its row.
+
+        One per token of ``rows.tokens``; 0 for the first token of a row.
+        """
+
+    def update(self, rows: Rows) -> Mapping[str, float]:
+        """One optimiser step on one mini-batch, whose loss is the sum over tokens of weight x loss.
+
+        Returns ``pg_loss, clip_frac, kl, ratio_mean, ratio_max, grad_norm`` (before clipping). Where
+        loss or gradient are not finite the weights stay as they were and the metrics say so.
+        """
+
+    def export(self, directory: Path, base: Path) -> None:
+        """Write the weights into ``directory``, in the files, names and dtypes of ``base``."""
+
+    def export_adapter(self, directory: Path, base: Path) -> None:
+        """Write the LoRA adapter in PEFT's layout. Only where there is one."""
+
+    def save_state(self, directory: Path) -> None:
+        """Save weights in full precision, optimiser and random state."""
+
+    def load_state(self, directory: Path) -> None:
+        """Load what ``save_state`` saved; learning rate and such stay those of the settings."""
+
+    def close(self) -> None:
+        """Give back processes and memory."""
+
+
+def open_backend(settings: TrainSettings, model: Path) -> Backend:
+    """The update engine on the weights in ``model`` (Hugging Face layout), with a fresh optimiser.
+
+    Raises ``MissingExtra`` where verl or torch is not installed, ``TrainingError`` for settings that
+    this machine or this verl cannot carry out.
+    """
+    return cast(Backend, _load("verl_backend", settings).VerlBackend(settings, model))
+
+
+def estimator(settings: TrainSettings) -> AdvantageEstimator:
+    """verl's advantage estimator that the settings name. ``TrainingError`` lists the names there are."""
+    return cast(
+        AdvantageEstimator,
+        _load("estimators", settings).VerlEstimator(settings.estimator, settings.norm_by_std),
+    )
+
+
+def _load(module: str, settings: TrainSettings) -> ModuleType:
+    # Both are read once, when torch is imported. Waiting threads that spin would take the CPU from
+    # whatever else runs on the machine, the engine first of all.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if settings.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        return importlib.import_module(f"{__name__}.{module}")
+    except ImportError as error:
+        raise MissingExtra(
+            f"training needs the extra `train` (pip install 'lightning-proxy[train]'): {error}"
+        ) from error

@@ -1,0 +1,160 @@
+"""From weights in memory to a version that serves: write, make durable, validate, promote, clear away.
+
+A version's directory, ``<runs_dir>/<policy>/v00001``, comes into being whole, by one rename::
+
+    weights/   what the engine loads: Hugging Face layout, full weights
+    adapter/   the LoRA adapter that is contained in them (PEFT's layout), where one is trained
+    trainer/   weights in full precision, optimiser and random state, for the next run
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote
+
+from lightning_proxy.config.settings import TrainSettings
+from lightning_proxy.errors import CheckpointInvalid, PublishFailed
+from lightning_proxy.store import PolicyVersion, VersionStatus
+from lightning_proxy.trainer.backend import Backend
+from lightning_proxy.trainer.checkpoint import companion_files, validate
+
+_LINEAGE = "lineage.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What a saved trainer state belongs to; another kind of trainer cannot load it."""
+
+    base: str  # weights that a LoRA adapter is relative to
+    workers: int
+    lora_rank: int
+    lora_alpha: int
+
+    def misfit(self, settings: TrainSettings) -> str | None:
+        """Why these settings cannot go on from this state; ``None`` where they can."""
+        for name in ("workers", "lora_rank", "lora_alpha"):
+            if name == "lora_alpha" and not settings.lora_rank:
+                continue
+            saved, wanted = getattr(self, name), getattr(settings, name)
+            if saved != wanted:
+                return f"it was saved with {name} = {saved}, now it is {wanted}"
+        return None
+
+
+def version_directory(settings: TrainSettings, policy: str, version: int) -> Path:
+    """Where a version of the policy is written."""
+    return _policy_directory(settings, policy) / f"v{version:05d}"
+
+
+def state_directory(version: PolicyVersion) -> Path:
+    """Where the trainer's state of a version lies, if it has one."""
+    return Path(version.path).parent / "trainer"
+
+
+def read_lineage(version: PolicyVersion) -> Lineage | None:
+    """Lineage of the version's saved state; ``None`` where there is no state."""
+    path = state_directory(version) / _LINEAGE
+    return Lineage(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def write_version(directory: Path, backend: Backend, *, base: Path, lineage: Lineage) -> Path:
+    """Write the backend's weights and state as a version; returns the path that the engine loads.
+
+    ``base`` is a checkpoint of the same architecture; its configuration and tokenizer are copied.
+    Whatever lies in ``directory`` was left by a run that did not commit it, and is replaced.
+    Raises ``CheckpointInvalid``, and leaves nothing behind, where the weights must not be loaded.
+    """
+    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    for leftover in (unfinished, directory):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for part in ("weights", "trainer", *(["adapter"] if lineage.lora_rank else [])):
+        (unfinished / part).mkdir(parents=True)
+    for name in companion_files(base):
+        shutil.copyfile(base / name, unfinished / "weights" / name)
+    backend.export(unfinished / "weights", base)
+    if lineage.lora_rank:
+        backend.export_adapter(unfinished / "adapter", Path(lineage.base))
+    backend.save_state(unfinished / "trainer")
+    (unfinished / "trainer" / _LINEAGE).write_text(json.dumps(asdict(lineage)), encoding="utf-8")
+    _make_durable(unfinished)
+    unfinished.rename(directory)
+    _sync(directory.parent)
+    try:
+        validate(directory / "weights", base)
+    except CheckpointInvalid:
+        shutil.rmtree(directory)
+        raise
+    return directory / "weights"
+
+
+def promote(
+    proxy_url: str, policy: str, version: int, *, token: str | None, timeout_s: float
+) -> Mapping[str, Any]:
+    """Have the proxy put a staged version behind itself; returns its answer.
+
+    Raises ``PublishFailed`` where it does not answer or says no. Whether the version is then still
+    staged or rejected, the store tells.
+    """
+    url = f"{proxy_url.rstrip('/')}/api/policies/{quote(policy, safe='')}/versions/{version}/promote"
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    request = urllib.request.Request(url, data=b"{}", headers=headers, method="POST")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ours is named outright
+    try:
+        with opener.open(request, timeout=timeout_s) as response:
+            return cast(Mapping[str, Any], json.load(response))
+    except urllib.error.HTTPError as error:
+        with error:
+            raise PublishFailed(f"{url} answered {error.code}: {_message(error.read())}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise PublishFailed(f"no answer from the proxy at {proxy_url}: {error}") from error
+
+
+def clear_away(settings: TrainSettings, policy: str, versions: Sequence[PolicyVersion]) -> list[int]:
+    """Delete the checkpoints of all but the newest ``keep_versions`` versions that do not serve.
+
+    Only directories that this trainer wrote, and never one of a version that serves or waits.
+    """
+    done = (VersionStatus.RETIRED, VersionStatus.REJECTED)
+    old = sorted((each for each in versions if each.status in done), key=lambda each: -each.version)
+    cleared = []
+    for version in old[settings.keep_versions :]:
+        directory = version_directory(settings, policy, version.version)
+        if Path(version.path).parent == directory and directory.is_dir():
+            shutil.rmtree(directory)
+            cleared.append(version.version)
+    return cleared
+
+
+def _policy_directory(settings: TrainSettings, policy: str) -> Path:
+    return settings.runs_dir.resolve() / policy.replace("/", "--")
+
+
+def _make_durable(directory: Path) -> None:
+    for parent, _, files in os.walk(directory):
+        for file in files:
+            _sync(Path(parent, file))
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode(errors="replace")

@@ -1,0 +1,72 @@
+"""What a pass of the trainer did, as a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Outcome(StrEnum):
+    """How a pass ended."""
+
+    TRAINED = "trained"  # a new version serves
+    NOTHING = "nothing"  # nothing to train on; no version was made
+    STAGED_ONLY = "staged_only"  # a version waits for the proxy; the next pass promotes it first
+    REJECTED = "rejected"  # the engine did not take the version; what was drained is given back
+    DRY_RUN = "dry_run"  # only looked
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """JSON-able: ``as_dict`` holds numbers, strings, lists and mappings only.
+
+    ``counts``: ``rollouts, groups, transitions, rows, tokens, tokens_trained, given_back``.
+    ``left_out``: ``{"rollouts": {reason: n}, "calls": {reason: n}}`` (reasons: ``transitions.Reason``).
+    ``metrics``: means over the optimiser's steps, and those of the first step under ``first``.
+    ``logprob_difference``: engine's against trainer's logprobs of tokens sampled by the parent
+    version, before the update: ``max, mean, tokens``; ``None`` where there were no such tokens.
+    """
+
+    outcome: Outcome
+    policy: str
+    message: str
+    version: int | None = None
+    parent: int | None = None
+    run_id: int | None = None
+    resumed_version: int | None = None  # staged by an earlier pass, promoted by this one
+    counts: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    grouped_by: Mapping[str, int] = field(default_factory=dict)  # method -> rollouts
+    policy_versions: Mapping[str, int] = field(default_factory=dict)  # version that sampled -> transitions
+    reward_mean: float | None = None  # of all rollouts drained that have one
+    advantages: Mapping[str, float] | None = None  # mean, std, min, max over the rollouts trained on
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    logprob_difference: Mapping[str, float] | None = None
+    optimizer: str | None = None  # "carried over", or why it began anew
+    promotion: Mapping[str, Any] | None = None  # the proxy's answer
+    seconds: Mapping[str, float] = field(default_factory=dict)  # per phase
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+class Stopwatch:
+    """Seconds per phase of a pass."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent in here to the phase."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 3)

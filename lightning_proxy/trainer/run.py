@@ -1,0 +1,83 @@
+"""One pass of the trainer: ``train_once``, whose body is the summary; ``Trainer`` repeats it warm."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from lightning_proxy.config.settings import Settings
+from lightning_proxy.errors import NothingToTrain
+from lightning_proxy.store import Store
+from lightning_proxy.trainer.lease import Lease
+from lightning_proxy.trainer.report import Outcome, TrainReport
+from lightning_proxy.trainer.steps import Pass, Progress
+from lightning_proxy.trainer.warm import WarmBackend, own_or
+
+
+def train_once(
+    settings: Settings,
+    *,
+    store: Store,
+    progress: Progress,
+    dry_run: bool = False,
+    warm: WarmBackend | None = None,
+) -> TrainReport:
+    """Drain, train, publish: one pass over what was recorded since the last.
+
+    Raises ``LeaseHeld`` where another run of the policy is in progress, and ``TrainingError`` (or
+    whatever else went wrong) after giving back all that was drained. That there is nothing to train
+    on, or that the proxy did not take the version, is no error: the report says so.
+    """
+    this = Pass(settings, store, progress)
+    if dry_run:
+        return this.preview()
+    if not this.promote_staged():
+        return this.report(Outcome.STAGED_ONLY)
+    try:
+        this.expect_enough()
+        parent = this.starting_version()
+        with Lease(store, this.policy, settings.train.lease_s) as lease, own_or(warm) as engine:
+            recorded = this.drain(lease)
+            batch = this.prepare(recorded)
+            store.give_back(lease.run_id, batch.for_later)
+            if not batch.rows:
+                return this.commit_nothing(lease)
+            backend = this.open(engine, parent)
+            this.compare(backend, batch, parent)
+            lease.check()
+            this.update(backend, batch.rows, parent)
+            lease.check()
+            version = this.export(backend, engine, batch.rows, parent)
+            store.commit_run(lease.run_id, report=this.report(Outcome.STAGED_ONLY).as_dict(), version=version)
+            engine.now_at(version.version)
+    except NothingToTrain as nothing:
+        return this.report(Outcome.NOTHING, str(nothing))
+    return this.report(this.promote(version.version))
+
+
+class Trainer:
+    """Passes of one process, with the update engine kept warm between them."""
+
+    def __init__(self, settings: Settings, *, store: Store, progress: Progress) -> None:
+        self._settings = settings
+        self._store = store
+        self._progress = progress
+        self._warm = WarmBackend()
+
+    def train_once(self, *, dry_run: bool = False) -> TrainReport:
+        """As the function of that name."""
+        return train_once(
+            self._settings, store=self._store, progress=self._progress, dry_run=dry_run, warm=self._warm
+        )
+
+    def close(self) -> None:
+        """Give the update engine back."""
+        self._warm.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

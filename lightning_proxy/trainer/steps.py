@@ -1,0 +1,336 @@
+"""The steps of one pass, in the order in which ``run.train_once`` takes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_proxy.config.settings import Settings
+from lightning_proxy.errors import NothingToTrain, PublishFailed, TrainingError
+from lightning_proxy.store import PolicyVersion, RecordedRollout, RunState, Store, VersionStatus
+from lightning_proxy.trainer import guard
+from lightning_proxy.trainer.advantages import assign
+from lightning_proxy.trainer.backend import Backend, estimator
+from lightning_proxy.trainer.batches import Rows, pack, split_mini_batches, weigh
+from lightning_proxy.trainer.credit import identical
+from lightning_proxy.trainer.groups import Grouping, form_groups
+from lightning_proxy.trainer.lease import Lease
+from lightning_proxy.trainer.publish import clear_away, promote, version_directory, write_version
+from lightning_proxy.trainer.report import Outcome, Stopwatch, TrainReport
+from lightning_proxy.trainer.trajectories import Trajectory, merge
+from lightning_proxy.trainer.transitions import (
+    LeftOut,
+    TrainableRollout,
+    rollout_return,
+    trainable_rollouts,
+)
+from lightning_proxy.trainer.warm import WarmBackend
+
+_PROBE_TOKENS = 64
+_PROMOTE_MARGIN_S = 60.0  # beyond the time that the proxy holds calls for
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a pass trains on; ``rows`` is ``None`` where there is nothing."""
+
+    rows: Rows | None
+    trajectories: Sequence[Trajectory]
+    for_later: Sequence[str]
+
+
+class Pass:
+    """The steps of one pass, in order, and the report that they fill."""
+
+    def __init__(self, settings: Settings, store: Store, progress: Progress) -> None:
+        self.settings = settings
+        self.store = store
+        self.progress = progress
+        self.policy = settings.policy.name
+        self.clock = Stopwatch()
+        self._report = TrainReport(Outcome.NOTHING, self.policy, "")
+
+    def report(self, outcome: Outcome, message: str | None = None) -> TrainReport:
+        """The report so far, with this outcome."""
+        message = self._report.message if message is None else message
+        self._report = replace(
+            self._report, outcome=outcome, message=message, seconds=dict(self.clock.seconds)
+        )
+        return self._report
+
+    def preview(self) -> TrainReport:
+        """What a pass would train on; nothing is taken, and verl is not loaded."""
+        recorded = self.store.preview(self.policy, self.settings.train.max_rollouts)
+        left_out, _, rollouts = self._transitions_in_groups(recorded)
+        trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
+        self._count(rollouts, trajectories, left_out, given_back=0)
+        waiting = self.store.backlog(self.policy)
+        enough = (
+            "" if len(recorded) >= self.settings.train.min_rollouts else f"; {self._too_few(len(recorded))}"
+        )
+        return self.report(
+            Outcome.DRY_RUN,
+            f"{waiting.rollouts_ready} rewarded rollouts wait, {waiting.rollouts_unrewarded} have no reward "
+            f"yet; {len(rollouts)} of them could be trained on, in {len(trajectories)} rows{enough}",
+        )
+
+    def promote_staged(self) -> bool:
+        """Promote a version that an earlier pass staged and could not promote. False: it still waits."""
+        staged = self.store.staged_version(self.policy)
+        if staged is None:
+            return True
+        self.progress(f"version {staged.version} was staged by an earlier run: promoting it first")
+        if not Path(staged.path).is_dir():
+            self.store.reject_version(self.policy, staged.version, f"its weights are gone from {staged.path}")
+            return True
+        outcome = self.promote(staged.version)
+        self._update(resumed_version=staged.version)
+        return outcome is not Outcome.STAGED_ONLY
+
+    def expect_enough(self) -> None:
+        """Raise ``NothingToTrain`` where a run would find too little, without taking a lease for that."""
+        newest = self.store.list_runs(self.policy, limit=1)
+        if newest and newest[0].state is RunState.RUNNING:
+            return  # it holds what the backlog lacks: beginning a run says who, or takes over
+        ready = self.store.backlog(self.policy).rollouts_ready
+        if ready < self.settings.train.min_rollouts:
+            raise NothingToTrain(self._too_few(ready))
+
+    def starting_version(self) -> PolicyVersion:
+        """The version that serves, else the model of the settings as version 0."""
+        active = self.store.active_version(self.policy)
+        if active is None:
+            model = self.settings.policy.model
+            if model is None:
+                raise TrainingError(
+                    f"there are no weights to begin with for the policy {self.policy!r}: give [policy] model "
+                    "in lightning.toml, or let `lightning-proxy serve --model PATH` enter them"
+                )
+            active = self.store.add_base_version(self.policy, model.resolve())
+        if not Path(active.path).is_dir():
+            raise TrainingError(f"the weights of version {active.version} are not at {active.path}")
+        self._update(parent=active.version)
+        return active
+
+    def drain(self, lease: Lease) -> list[RecordedRollout]:
+        """Take what waits; ``NothingToTrain``, which gives it back, where that is too little."""
+        with self.clock.phase("drain"):
+            recorded = self.store.drain(lease.run_id, limit=self.settings.train.max_rollouts)
+        self._update(run_id=lease.run_id)
+        if len(recorded) < self.settings.train.min_rollouts:
+            raise NothingToTrain(self._too_few(len(recorded)))
+        self.progress(f"drained {len(recorded)} rewarded rollouts")
+        return recorded
+
+    def prepare(self, recorded: Sequence[RecordedRollout]) -> Batch:
+        """Transitions, groups, advantages, trajectories, rows."""
+        with self.clock.phase("prepare"):
+            left_out, grouping, rollouts = self._transitions_in_groups(recorded)
+        if grouping.groups:
+            with self.clock.phase("load"):  # the estimator is verl's: this imports it
+                estimate = estimator(self.settings.train)
+            with self.clock.phase("prepare"):
+                rollouts = assign(grouping.groups, credit=identical, estimator=estimate)
+        with self.clock.phase("prepare"):
+            trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
+            rows = pack(trajectories) if trajectories else None
+        self._count(rollouts, trajectories, left_out, given_back=len(grouping.for_later))
+        return Batch(rows, trajectories, grouping.for_later)
+
+    def commit_nothing(self, lease: Lease) -> TrainReport:
+        """Consume what can never be trained on."""
+        report = self.report(Outcome.NOTHING, f"nothing to train on: {self._left_out_in_words()}")
+        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None)
+        return report
+
+    def open(self, engine: WarmBackend, parent: PolicyVersion) -> Backend:
+        """The update engine on the parent's weights."""
+        counts = self._report.counts
+        self.progress(
+            f"training on {counts['rollouts']} rollouts of {counts['groups']} groups: {counts['rows']} rows, "
+            f"{counts['tokens_trained']} tokens (left out: {self._left_out_in_words()})"
+        )
+        with self.clock.phase("load"):
+            backend = engine.at(self.settings, parent)
+        self._update(optimizer=engine.optimizer)
+        return backend
+
+    def compare(self, backend: Backend, batch: Batch, parent: PolicyVersion) -> None:
+        """Engine's against trainer's logprobs, on rows that the parent's weights sampled."""
+        assert batch.rows is not None
+        fresh = [
+            index
+            for index, trajectory in enumerate(batch.trajectories)
+            if all(piece.transition.policy_version == parent.version for piece in trajectory.pieces)
+        ]
+        if not fresh:
+            return
+        with self.clock.phase("compare"):
+            rows = batch.rows.select(np.array(fresh, dtype=np.int64))
+            difference = np.abs(backend.logprobs(rows) - rows.logprobs)[rows.mask]
+        found = {"max": float(difference.max()), "mean": float(difference.mean()), "tokens": len(difference)}
+        self._update(logprob_difference=found)
+        self.progress(f"engine's and trainer's logprobs differ by at most {found['max']:.2g}")
+
+    def update(self, backend: Backend, rows: Rows, parent: PolicyVersion) -> None:
+        """All epochs over all mini-batches; ``CheckpointInvalid`` where a step was not finite."""
+        train = self.settings.train
+        steps: list[Mapping[str, float]] = []
+        with self.clock.phase("update"):
+            for epoch in range(train.epochs):
+                generator = np.random.default_rng([train.seed, parent.version, epoch])
+                mini_batches = split_mini_batches(rows.rollouts, train.mini_batch_rows, generator)
+                weighed = weigh(rows, len(mini_batches))
+                steps += [backend.update(weighed.select(chosen)) for chosen in mini_batches]
+        means = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+        self._update(metrics={"steps": len(steps), **means, "first": dict(steps[0])})
+        self.progress(
+            f"{len(steps)} steps: loss {means['pg_loss']:.4g}, gradient norm {means['grad_norm']:.4g}, "
+            f"clipped {means['clip_frac']:.2%}"
+        )
+        guard.check_steps(steps)
+
+    def export(
+        self, backend: Backend, engine: WarmBackend, rows: Rows, parent: PolicyVersion
+    ) -> PolicyVersion:
+        """Write and validate the new version, with the probe that the proxy verifies it by."""
+        number = self.store.next_version(self.policy)
+        assert engine.lineage is not None  # the engine is open
+        with self.clock.phase("export"):
+            probe_rows = _first_tokens(rows, _PROBE_TOKENS)
+            logprobs = [float(value) for value in backend.logprobs(probe_rows)[1:]]
+            guard.check_probe(logprobs)
+            path = write_version(
+                version_directory(self.settings.train, self.policy, number),
+                backend,
+                base=Path(parent.path),
+                lineage=engine.lineage,
+            )
+        self._update(version=number)
+        self.progress(f"wrote version {number} to {path}")
+        return PolicyVersion(
+            self.policy,
+            number,
+            str(path),
+            VersionStatus.STAGED,
+            parent=parent.version,
+            probe={"prompt_token_ids": probe_rows.tokens.tolist(), "logprobs": logprobs},
+        )
+
+    def promote(self, version: int) -> Outcome:
+        """Have the proxy take the version over, and clear old ones away once it has."""
+        settings = self.settings
+        failure: PublishFailed | None = None
+        with self.clock.phase("promote"):
+            try:
+                answer = promote(
+                    settings.train.proxy_url,
+                    self.policy,
+                    version,
+                    token=settings.proxy.token,
+                    timeout_s=settings.proxy.hold_timeout_s + _PROMOTE_MARGIN_S,
+                )
+                self._update(promotion=dict(answer))
+            except PublishFailed as error:
+                failure = error
+        # The store is the truth: an answer can be lost after the deed.
+        present = self.store.get_version(self.policy, version)
+        if present.status is VersionStatus.REJECTED:
+            self._say(f"version {version} was rejected and what it was trained on given back: {present.note}")
+            return Outcome.REJECTED
+        if failure is not None and present.status is not VersionStatus.ACTIVE:
+            self._say(f"version {version} is staged, the next `lightning-proxy train` promotes it: {failure}")
+            return Outcome.STAGED_ONLY
+        self._say(f"version {version} serves")
+        clear_away(settings.train, self.policy, self.store.list_versions(self.policy))
+        return Outcome.TRAINED
+
+    def _transitions_in_groups(
+        self, recorded: Sequence[RecordedRollout]
+    ) -> tuple[LeftOut, Grouping, list[TrainableRollout]]:
+        train = self.settings.train
+        values = [value for each in recorded if (value := rollout_return(each)) is not None]
+        self._update(reward_mean=float(np.mean(values)) if values else None)
+        left_out = LeftOut()
+        rollouts = trainable_rollouts(
+            recorded, policy=self.policy, max_tokens=train.max_row_tokens, left_out=left_out
+        )
+        # A full drain must not be blocked for ever by groups that never grow.
+        may_wait = len(recorded) < train.max_rollouts
+        grouping = form_groups(rollouts, min_size=train.min_group_size, may_wait=may_wait, left_out=left_out)
+        return left_out, grouping, [rollout for members in grouping.groups for rollout in members]
+
+    def _count(
+        self,
+        rollouts: Sequence[TrainableRollout],
+        trajectories: Sequence[Trajectory],
+        left_out: LeftOut,
+        *,
+        given_back: int,
+    ) -> None:
+        transitions = [transition for rollout in rollouts for transition in rollout.transitions]
+        firsts = [rollout.transitions[0] for rollout in rollouts]
+        advantages = np.array([first.advantage for first in firsts if first.advantage is not None])
+        self._update(
+            counts={
+                "rollouts": len(rollouts),
+                "groups": len({first.group for first in firsts}),
+                "transitions": len(transitions),
+                "rows": len(trajectories),
+                "tokens": sum(len(row.token_ids) for row in trajectories),
+                "tokens_trained": sum(row.trained_tokens for row in trajectories),
+                "given_back": given_back,
+            },
+            left_out=left_out.as_dict(),
+            grouped_by=dict(Counter(first.group.method for first in firsts if first.group is not None)),
+            policy_versions=dict(Counter(str(transition.policy_version) for transition in transitions)),
+            advantages=None
+            if not len(advantages)
+            else {
+                "mean": float(advantages.mean()),
+                "std": float(advantages.std()),
+                "min": float(advantages.min()),
+                "max": float(advantages.max()),
+            },
+        )
+
+    def _left_out_in_words(self) -> str:
+        parts = [
+            f"{number} {kind} {reason.replace('_', ' ')}"
+            for kind, reasons in self._report.left_out.items()
+            for reason, number in reasons.items()
+        ]
+        return ", ".join(parts) or "nothing"
+
+    def _too_few(self, ready: int) -> str:
+        least = self.settings.train.min_rollouts
+        return f"{ready} rewarded rollouts wait, [train] min_rollouts asks for {least}"
+
+    def _say(self, message: str) -> None:
+        self._update(message=message)
+        self.progress(message)
+
+    def _update(self, **values: Any) -> None:
+        self._report = replace(self._report, **values)
+
+
+def _first_tokens(rows: Rows, count: int) -> Rows:
+    """The beginning of the first row, alone."""
+    first = rows.select(np.array([0], dtype=np.int64))
+    end = min(count, len(first.tokens))
+    return Rows(
+        tokens=first.tokens[:end],
+        mask=first.mask[:end],
+        logprobs=first.logprobs[:end],
+        advantages=first.advantages[:end],
+        weights=first.weights[:end],
+        offsets=np.array([0, end], dtype=np.int64),
+        rollouts=first.rollouts,
+    )

@@ -1,0 +1,173 @@
+"""A recorded rollout as transitions: (state, action, reward, next state), one per generation."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lightning_proxy.store import Fidelity, Generation, RecordedRollout, Reward, Span
+
+
+class Reason(StrEnum):
+    """Why something recorded is not trained on. What the count counts is said beside each."""
+
+    INCOMPLETE_ROLLOUT = "incomplete_rollout"  # rollouts: capture lost a span of it
+    NO_REWARD = "no_reward"  # rollouts: its rewards belong to an earlier attempt
+    NO_TRANSITION = "no_transition"  # rollouts: each of its calls was left out
+    GROUP_TOO_SMALL = "group_too_small"  # rollouts: nothing to compare them with
+    GROUP_ALL_EQUAL = "group_all_equal"  # rollouts: the group's returns do not differ: no gradient
+    ERROR = "error"  # calls that ended in an error
+    OTHER_POLICY = "other_policy"  # calls to another model
+    NOT_EXACT = "not_exact"  # calls without the engine's own token ids
+    NO_LOGPROBS = "no_logprobs"  # generations without a finite logprob for every token
+    EMPTY = "empty"  # generations without a token, or with an empty prompt
+    TOO_LONG = "too_long"  # generations whose prompt and response exceed max_row_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The group that a rollout is compared within, and how it was found (``groups``)."""
+
+    method: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One generation as a step of the agent's Markov decision process (arXiv 2508.03680, LightningRL).
+
+    State: the prompt. Action: the response. Reward: the credit. Next state: the prompt of the next
+    call of the rollout, ``None`` at its end. Group, credit and advantage are ``None`` until assigned.
+    """
+
+    rollout_id: str
+    attempt: int
+    span_id: int | None
+    choice: int
+    role: str | None
+    policy_version: int | None
+    prompt_ids: array[int]
+    response_ids: array[int]
+    logprobs: array[float]  # the engine's own, one per response token
+    next_prompt_ids: array[int] | None = None
+    group: Group | None = None
+    credit: float | None = None
+    advantage: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainableRollout:
+    """A rollout's transitions in order of time, with its return (the sum of its rewards)."""
+
+    rollout_id: str
+    task_id: str | None
+    value: float
+    transitions: tuple[Transition, ...]
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Counts of what is not trained on, by reason."""
+
+    rollouts: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        """For the report: ``{"rollouts": {reason: n}, "calls": {reason: n}}``."""
+        return {"rollouts": dict(sorted(self.rollouts.items())), "calls": dict(sorted(self.calls.items()))}
+
+
+def trainable_rollouts(
+    recorded: Iterable[RecordedRollout], *, policy: str, max_tokens: int, left_out: LeftOut
+) -> list[TrainableRollout]:
+    """The rollouts that can be trained on; each other one, and each call left out, is counted."""
+    kept = []
+    for each in recorded:
+        value = rollout_return(each)
+        if each.rollout.incomplete is not None:
+            left_out.rollouts[Reason.INCOMPLETE_ROLLOUT] += 1
+        elif value is None:
+            left_out.rollouts[Reason.NO_REWARD] += 1
+        elif transitions := transitions_of(each, policy=policy, max_tokens=max_tokens, left_out=left_out):
+            kept.append(TrainableRollout(each.rollout.rollout_id, each.rollout.task_id, value, transitions))
+        else:
+            left_out.rollouts[Reason.NO_TRANSITION] += 1
+    return kept
+
+
+def rollout_return(recorded: RecordedRollout) -> float | None:
+    """Sum of the rewards that count for the last attempt: its own, its spans' and the rollout's.
+
+    ``None`` where there is none: a missing reward is not a reward of 0.
+    """
+    span_ids = {span.span_id for span in recorded.spans}
+
+    def counts(reward: Reward) -> bool:
+        if reward.span_id is not None:
+            return reward.span_id in span_ids
+        return reward.attempt in (None, recorded.attempt)
+
+    values = [reward.value for reward in recorded.rewards if counts(reward)]
+    return math.fsum(values) if values else None
+
+
+def transitions_of(
+    recorded: RecordedRollout, *, policy: str, max_tokens: int, left_out: LeftOut
+) -> tuple[Transition, ...]:
+    """One transition per generation that the policy made, in order of time."""
+    made: list[Transition] = []
+    for position, span in enumerate(recorded.spans):
+        if reason := _why_not_span(span, policy):
+            left_out.calls[reason] += 1
+            continue
+        for choice, generation in enumerate(span.generations):
+            if reason := _why_not_generation(generation, max_tokens):
+                left_out.calls[reason] += 1
+                continue
+            made.append(
+                Transition(
+                    rollout_id=span.rollout_id,
+                    attempt=span.attempt,
+                    span_id=span.span_id,
+                    choice=choice,
+                    role=span.role,
+                    policy_version=span.policy_version,
+                    prompt_ids=generation.prompt_token_ids,
+                    response_ids=generation.response_token_ids,
+                    logprobs=generation.logprobs,
+                    next_prompt_ids=_next_prompt(recorded.spans[position + 1 :], policy),
+                )
+            )
+    return tuple(made)
+
+
+def _why_not_span(span: Span, policy: str) -> Reason | None:
+    if span.error_class is not None:
+        return Reason.ERROR
+    if span.policy != policy:
+        return Reason.OTHER_POLICY
+    if span.fidelity is not Fidelity.EXACT or not span.generations:
+        return Reason.NOT_EXACT
+    return None
+
+
+def _why_not_generation(generation: Generation, max_tokens: int) -> Reason | None:
+    prompt, response = len(generation.prompt_token_ids), len(generation.response_token_ids)
+    if not prompt or not response:
+        return Reason.EMPTY
+    if len(generation.logprobs) != response or not all(map(math.isfinite, generation.logprobs)):
+        return Reason.NO_LOGPROBS
+    if prompt + response > max_tokens:
+        return Reason.TOO_LONG
+    return None
+
+
+def _next_prompt(later: Sequence[Span], policy: str) -> array[int] | None:
+    for span in later:
+        if span.policy == policy and span.generations:
+            return span.generations[0].prompt_token_ids
+    return None

@@ -1,0 +1,381 @@
+"""The command line: help with examples, refusals in one line, and every command on real data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lightning_proxy.cli import app
+from lightning_proxy.store import Fidelity, Generation, RolloutState, Span, Store
+from tests.conftest import ProxyThread
+
+DOCUMENTED = ("init", "serve", "train", "run", "rollouts", "spans", "reward", "policies", "status", "demo")
+ALL_COMMANDS = [(name,) for name in DOCUMENTED] + [("policies", "promote"), ("policies", "rollback")]
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def cli(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def ok(*words: str | Path) -> str:
+    result = cli(*words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*words: str | Path, code: int = 2) -> str:
+    """What a command says when it refuses: on stderr, never with a traceback."""
+    result = cli(*words)
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ALL_COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(command: Sequence[str]) -> None:
+    text = ok(*command, "--help")
+    assert "Examples:" in text
+    assert f"  lightning-proxy {' '.join(command)}" in text
+
+
+def test_the_commands_are_the_documented_ones() -> None:
+    listed = ok("--help").split("Commands:")[1].split("\n\n")[0]
+    assert {line.split()[0] for line in listed.strip().splitlines()} == set(DOCUMENTED)
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "lightning_proxy.cli", "--help"], check=True, capture_output=True
+        )
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1.0  # 0.25 s on an idle machine; a heavy import costs seconds
+
+
+def test_help_loads_no_room() -> None:
+    program = (
+        "import sys, lightning_proxy.cli\n"
+        "print([m for m in sys.modules if m.startswith('lightning_proxy.') and not "
+        "m.startswith(('lightning_proxy.cli', 'lightning_proxy.errors'))], 'pydantic' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "[] False\n"
+
+
+def test_the_version_is_told() -> None:
+    assert ok("--version").startswith("lightning-proxy 0.")
+
+
+# --- init and refusals --------------------------------------------------------------------------
+
+
+def test_init_writes_a_commented_file_that_the_other_commands_take() -> None:
+    ok("init")
+    assert "# port = 8080" in Path("lightning.toml").read_text()
+    assert "does not answer" in ok("status", "--proxy", "http://127.0.0.1:9")
+
+
+def test_init_does_not_replace_a_file_unless_told_to() -> None:
+    Path("lightning.toml").write_text("[proxy]\nport = 1234\n")
+    assert "--force" in refused("init")
+    assert "1234" in Path("lightning.toml").read_text()
+    ok("init", "--force")
+    assert "1234" not in Path("lightning.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("serve",), "give --upstream URL"),
+        (("serve", "--upstream", "127.0.0.1:8000"), "must be a URL that begins with http:// or https://"),
+        (("serve", "--upstream", "http://x/v1", "--port", "99999"), "a whole number from 0 to 65535"),
+        (("serve", "--upstream", "http://x/v1", "--host", "0.0.0.0"), "set proxy.token"),
+        (("serve", "--upstream", "http://x/v1", "--config", "gone.toml"), "lightning-proxy init gone.toml"),
+        (("serve", "--model", "no-such-weights"), "no-such-weights"),
+        (("reward", "r-1", "nan"), "a finite number"),
+        (("reward", "x", "1", "--kind", "span"), "a whole number"),
+        (("reward", "r-1", "good"), "valid number"),
+        (("rollouts", "--state", "done"), "open"),
+        (("spans", "--limit", "0"), "1"),
+        (("trian",), "train"),
+    ],
+)
+def test_bad_input_is_refused_with_what_would_be_right(words: Sequence[str], said: str) -> None:
+    assert said in refused(*words)
+
+
+@pytest.mark.parametrize("command", ["rollouts", "spans", "policies"])
+def test_without_a_database_it_is_said_what_makes_one(command: str) -> None:
+    message = refused(command, "--db", "none.db", code=1)
+    assert message.startswith("lightning-proxy: no database at none.db; ")
+    assert not Path("none.db").exists()
+
+
+def test_without_a_proxy_it_is_said_how_to_start_one() -> None:
+    for words in (
+        ("reward", "r-1", "1"),
+        ("policies", "rollback"),
+        ("policies", "promote", "1"),
+        ("run", "--", "true"),
+    ):
+        assert "lightning-proxy serve" in refused(words[0], *_with_proxy(words[1:]), code=1)
+
+
+def _with_proxy(words: Sequence[str]) -> list[str]:
+    """--proxy goes behind a subcommand and before a command's own words."""
+    at = 1 if words[0] in ("rollback", "promote") else 0
+    return [*words[:at], "--proxy", "http://127.0.0.1:9", *words[at:]]
+
+
+def test_an_unknown_setting_is_one_line_naming_the_nearest_known_one() -> None:
+    Path("lightning.toml").write_text("[proxy]\nprot = 1\n")
+    assert refused("status") == (
+        "lightning-proxy: unknown setting proxy.prot in lightning.toml, line 2; did you mean proxy.port?\n"
+    )
+
+
+def test_a_traceback_is_shown_when_asked_for() -> None:
+    command = [sys.executable, "-m", "lightning_proxy.cli"]
+    for words, env in ((["--traceback", "spans"], {}), (["spans"], {"LIGHTNING_DEBUG": "1"})):
+        result = subprocess.run([*command, *words], capture_output=True, text=True, env=env, check=False)
+        assert result.returncode == 1
+        assert "Traceback" in result.stderr
+
+
+# --- what was recorded --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def db() -> Path:
+    """A database with a rollout of two calls, a reward that was corrected, and two versions."""
+    path = Path("lightning.db")
+    question = {"model": "policy", "messages": [{"role": "user", "content": "What is 6 times 7?"}]}
+    call = {"function": {"name": "multiply", "arguments": '{"a": 6, "b": 7}'}}
+    reply = {"choices": [{"message": {"role": "assistant", "content": None, "tool_calls": [call]}}]}
+    common: dict[str, Any] = {
+        "rollout_id": "r-1",
+        "attempt": 1,
+        "wire": "chat",
+        "started_at": 1.7e9,
+        "ended_at": 1.7e9 + 0.5,
+    }
+    with Store.open(path) as store:
+        store.create_rollout(rollout_id="r-1", task_id="task-1")
+        store.add_base_version("policy", "/weights/0")
+        generation = Generation(
+            array("i", [1, 2, 3]), array("i", [4, 5]), array("f", [-0.1, -0.2]), "tool_calls"
+        )
+        store.add_span(
+            Span(**common, request=json.dumps(question).encode(), response=json.dumps(reply).encode(),
+                 fidelity=Fidelity.EXACT, model="policy", policy="policy", policy_version=0, status=200,
+                 generations=(generation,))
+        )  # fmt: skip
+        store.add_span(
+            Span(
+                **common,
+                request=b"not json",
+                fidelity=Fidelity.TEXT,
+                error_class="upstream_cut",
+                error="lost",
+            )
+        )
+        store.add_reward(rollout_id="r-1", value=0.5)
+        store.add_reward(rollout_id="r-1", value=1.0, source="judge")
+        store.finish_rollout("r-1", RolloutState.SUCCEEDED)
+        store.create_rollout(rollout_id="r-2")
+    return path
+
+
+def as_json(*words: str | Path) -> Any:
+    return json.loads(ok(*words, "--json"))
+
+
+def test_rollouts_are_listed_and_chosen(db: Path) -> None:
+    table = ok("rollouts", "--db", db)
+    assert "r-1" in table
+    assert "task-1" in table
+    assert "r-2" not in ok("rollouts", "--state", "succeeded")
+    listed = as_json("rollouts", "--task-id", "task-1")["rollouts"]
+    assert [(r["rollout"]["rollout_id"], r["spans"], r["errors"], r["reward"]) for r in listed] == [
+        ("r-1", 2, 1, 1.0)
+    ]
+
+
+def test_one_rollout_shows_its_calls_and_its_ledger(db: Path) -> None:
+    text = ok("rollouts", "r-1")
+    assert "rollout r-1, task task-1: succeeded" in text
+    assert "2 calls" in text
+    assert "2 rewards" in text
+    shown = as_json("rollouts", "r-1")
+    assert [reward["value"] for reward in shown["rewards"]] == [0.5, 1.0]
+    assert "r-9" in refused("rollouts", "r-9", code=1)
+
+
+def test_spans_are_listed_with_their_token_counts(db: Path) -> None:
+    table = ok("spans", "--rollout", "r-1")
+    assert "3+2" in table
+    assert "upstream_cut" in table
+    heads = as_json("spans")["spans"]
+    assert [(head["prompt_tokens"], head["response_tokens"]) for head in heads] == [(None, None), (3, 2)]
+    assert "request" not in heads[0]
+
+
+def test_one_span_shows_messages_reply_and_tokens(db: Path) -> None:
+    text = ok("spans", "1")
+    assert "tokens: 3 read, 2 written, 2 logprobs; fidelity exact" in text
+    assert "[user] What is 6 times 7?" in text
+    assert '[reply] -> multiply({"a": 6, "b": 7})' in text
+    assert as_json("spans", "1")["generations"][0]["response_token_ids"] == [4, 5]
+    assert "[error: upstream_cut] lost" in ok("spans", "2")
+    assert "99" in refused("spans", "99", code=1)
+
+
+def test_policies_are_listed(db: Path) -> None:
+    assert "/weights/0" in ok("policies")
+    assert [v["version"] for v in as_json("policies")["versions"]] == [0]
+
+
+def test_status_tells_the_whole_circle(db: Path) -> None:
+    text = ok("status", "--proxy", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 does not answer" in text
+    assert "2, 1 open, 0 incomplete" in text
+    assert "policy: version 0" in text
+    status = as_json("status", "--proxy", "http://127.0.0.1:9")
+    assert status["proxy"]["answers"] is False
+    assert status["store"]["counts"]["spans"] == 2
+    assert status["store"]["backlog"]["rollouts_ready"] == 1
+    assert status["store"]["last_run"] is None
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def test_nothing_to_train_on_is_said_and_is_no_failure(db: Path) -> None:
+    assert ok("train").startswith("nothing: 1 rewarded rollouts wait")
+    assert as_json("train")["outcome"] == "nothing"
+    assert cli("train", "--require-update").exit_code == 3
+
+
+def test_a_dry_run_shows_what_waits_and_takes_nothing(db: Path) -> None:
+    assert "1 rewarded rollouts wait" in ok("train", "--dry-run")
+    with Store.open(db) as store:
+        assert store.list_runs() == []
+
+
+def test_a_second_run_says_who_holds_the_lease(db: Path) -> None:
+    with Store.open(db) as store:
+        store.begin_run("policy", owner="elsewhere:42", lease_s=60)
+    assert "elsewhere:42" in refused("train", code=1)
+
+
+def test_a_run_without_weights_says_where_they_are_named(db: Path) -> None:
+    Path("lightning.toml").write_text("[train]\nmin_rollouts = 1\n")
+    assert "/weights/0" in refused("train", code=1)
+
+
+def test_watching_goes_with_neither_a_dry_run_nor_a_required_update() -> None:
+    assert "--watch goes on" in refused("train", "--watch", "--dry-run")
+
+
+def test_watching_repeats_and_ends_on_a_signal(db: Path) -> None:
+    Path("lightning.toml").write_text("[train]\nwatch_interval_s = 0.1\n")
+    command = [sys.executable, "-m", "lightning_proxy.cli", "train", "--watch", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["outcome"] == "nothing"
+        with Store.open(db) as store:  # one more rollout is ready: the next pass has something else to say
+            span = next(span for span in store.list_spans() if span.generations)
+            store.add_span(replace(span, rollout_id="r-3", span_id=None, response_id=None))
+            store.add_reward(rollout_id="r-3", value=1.0)
+        assert json.loads(process.stdout.readline())["message"].startswith("2 rewarded rollouts")
+        process.terminate()
+        assert process.wait(10) == 128 + 15
+
+
+# --- through a running proxy --------------------------------------------------------------------
+
+AGENT = """
+import json, os, urllib.request
+body = json.dumps({"model": "policy", "messages": [{"role": "user", "content": "hello"}]}).encode()
+headers = {"Content-Type": "application/json", "Authorization": "Bearer " + os.environ["OPENAI_API_KEY"]}
+url = os.environ["OPENAI_BASE_URL"] + "/chat/completions"
+print(urllib.request.urlopen(urllib.request.Request(url, body, headers)).status)
+"""
+
+
+def test_run_reward_and_status_work_on_a_running_proxy(proxy: ProxyThread) -> None:
+    at = ("--proxy", proxy.url)
+    words = (
+        "run",
+        *at,
+        "--rollout-id",
+        "r-7",
+        "--task-id",
+        "t",
+        "--role",
+        "solver",
+        "--",
+        sys.executable,
+        "-c",
+        AGENT,
+    )
+    ok(*words)
+    shown = as_json("rollouts", "r-7", "--db", proxy.db)
+    assert shown["rollout"]["state"] == "succeeded"
+    assert [(span["role"], span["attributed_by"]) for span in shown["spans"]] == [("solver", "path")]
+
+    assert ok("reward", "r-7", "-0.5", "--source", "judge", *at) == "reward -0.5 for rollout r-7 recorded\n"
+    again = ("reward", "r-7", "1", "--idempotency-key", "k", "--json", *at)
+    assert [json.loads(ok(*again))["created"] for _ in range(2)] == [True, False]
+    ok("reward", str(shown["spans"][0]["span_id"]), "2", "--kind", "span", *at)
+    ok("reward", shown["spans"][0]["response_id"], "3", "--kind", "response", *at)
+    assert len(as_json("rollouts", "r-7", "--db", proxy.db)["rewards"]) == 4
+    assert "r-8" in refused("reward", "r-8", "1", *at, code=1)
+
+    assert as_json("status", "--db", proxy.db, *at)["proxy"] == {
+        "url": proxy.url, "answers": True, "ready": True, "why": "",
+    }  # fmt: skip
+    assert "ready" in ok("status", "--db", proxy.db, *at)
+
+
+def test_a_failing_command_under_run_keeps_its_exit_code(proxy: ProxyThread) -> None:
+    result = cli(
+        "run", "--proxy", proxy.url, "--rollout-id", "r-7", "--", sys.executable, "-c", "raise SystemExit(9)"
+    )
+    assert result.exit_code == 9
+    assert as_json("rollouts", "r-7", "--db", proxy.db)["rollout"]["reason"] == "exit code 9"
+
+
+def test_versions_change_hands_through_the_proxy(proxy: ProxyThread) -> None:
+    message = refused("policies", "promote", "7", "--proxy", proxy.url, code=1)
+    assert "7" in message
+    assert "no earlier version" in refused("policies", "rollback", "--proxy", proxy.url, code=1)
+
+
+def test_serve_says_when_calls_can_come(proxy_process: Any) -> None:
+    with urllib.request.urlopen(f"{proxy_process.url}/readyz", timeout=5) as response:
+        assert response.status == 200
+    assert proxy_process.terminate() == 0

@@ -1,0 +1,221 @@
+"""Fixtures that tests of several rooms share: a fake engine, proxies before it, a clean environment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from aiohttp import web
+
+from lightning_proxy.config import Settings
+from lightning_proxy.store import Store
+from tests.engine import EngineThread, FakeEngine
+
+_FOREIGN = re.compile(r"(OPENAI|ANTHROPIC|LIGHTNING|VLLM|HF)_|((HTTPS?|ALL|NO)_PROXY)$", re.IGNORECASE)
+
+
+@pytest.fixture(autouse=True)
+def clean_environ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep keys, base URLs, settings and proxies of the developer's shell out of every test."""
+    for name in os.environ:
+        if _FOREIGN.match(name):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def engine() -> Iterator[EngineThread]:
+    """A fake vLLM on a free port."""
+    thread = EngineThread(FakeEngine())
+    yield thread
+    thread.stop()
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[[FakeEngine], EngineThread]]:
+    """Start fake engines that differ from the plain one: ``make_engine(FakeEngine(owner="openai"))``."""
+    started: list[EngineThread] = []
+
+    def make(engine: FakeEngine) -> EngineThread:
+        started.append(EngineThread(engine))
+        return started[-1]
+
+    yield make
+    for thread in started:
+        thread.stop()
+
+
+class ProxyThread:
+    """A proxy on a free port, in this process, in a thread and loop of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._thread.start()
+        self._runner, self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(30)
+
+    @property
+    def base_url(self) -> str:
+        """What an agent puts into OPENAI_BASE_URL."""
+        return f"{self.url}/v1"
+
+    @property
+    def db(self) -> Path:
+        """The database file."""
+        return self.settings.store.db
+
+    def store(self) -> Store:
+        """A connection to the database of its own."""
+        return Store.open(self.db)
+
+    async def _start(self) -> tuple[web.AppRunner, str]:
+        from lightning_proxy.proxy.app import PARTS, create_app, listen
+
+        app = create_app(self.settings)
+        runner = web.AppRunner(app, handler_cancellation=True, auto_decompress=False, access_log=None)
+        await runner.setup()
+        await listen(runner, self.settings, app[PARTS])
+        return runner, app[PARTS].base_url
+
+    def stop(self) -> None:
+        """Stop it as a SIGTERM would."""
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(30)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+
+@dataclass(slots=True)
+class ProxyProcess:
+    """A real ``lightning-proxy serve``."""
+
+    process: subprocess.Popen[str]
+    url: str
+    db: Path
+    log: Path
+
+    @property
+    def base_url(self) -> str:
+        """What an agent puts into OPENAI_BASE_URL."""
+        return f"{self.url}/v1"
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def terminate(self, timeout_s: float = 15.0) -> int:
+        """SIGTERM; returns the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout_s)
+
+
+class MakeProxy(Protocol):
+    """Start a proxy before an upstream; keyword arguments are table names of the settings."""
+
+    def __call__(self, upstream: str, **tables: dict[str, object]) -> ProxyThread: ...
+
+
+class MakeProxyProcess(Protocol):
+    """Start ``lightning-proxy serve --upstream URL`` with further flags."""
+
+    def __call__(
+        self, upstream: str, *flags: str, db: Path | None = None, env: dict[str, str] | None = None
+    ) -> ProxyProcess: ...
+
+
+@pytest.fixture
+def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
+    """Start proxies in this process: ``make_proxy(engine.base_url, proxy={"token": "s"})``."""
+    started: list[ProxyThread] = []
+
+    def make(upstream: str, **tables: dict[str, object]) -> ProxyThread:
+        given = {name: dict(table) for name, table in tables.items()}
+        given["proxy"] = {"upstream": upstream, "port": 0, **given.get("proxy", {})}
+        given["store"] = {"db": tmp_path / "lightning.db", **given.get("store", {})}
+        started.append(ProxyThread(Settings.model_validate(given)))
+        return started[-1]
+
+    yield make
+    for proxy in started:
+        proxy.stop()
+
+
+@pytest.fixture
+def proxy(make_proxy: MakeProxy, engine: EngineThread) -> ProxyThread:
+    """A proxy before the ``engine`` fixture, in this process."""
+    return make_proxy(engine.base_url)
+
+
+@pytest.fixture
+def make_proxy_process(tmp_path: Path) -> Iterator[MakeProxyProcess]:
+    """Start real ``lightning-proxy serve`` processes; they are ended after the test."""
+    started: list[ProxyProcess] = []
+
+    def make(
+        upstream: str, *flags: str, db: Path | None = None, env: dict[str, str] | None = None
+    ) -> ProxyProcess:
+        db = db or tmp_path / "lightning.db"
+        log = tmp_path / f"proxy-{len(started)}.log"
+        started.append(start_proxy(upstream, db, log, *flags, env=env))
+        return started[-1]
+
+    yield make
+    for proxy in started:
+        if proxy.process.poll() is None:
+            proxy.kill()
+        if proxy.process.stdout is not None:
+            proxy.process.stdout.close()
+
+
+@pytest.fixture
+def proxy_process(make_proxy_process: MakeProxyProcess, engine: EngineThread) -> ProxyProcess:
+    """A real ``lightning-proxy serve`` before the ``engine`` fixture."""
+    return make_proxy_process(engine.base_url)
+
+
+def start_proxy(
+    upstream: str, db: Path, log: Path, *flags: str, env: dict[str, str] | None = None
+) -> ProxyProcess:
+    """Start ``serve`` on a free port and wait until it listens and answers."""
+    command = [str(Path(sys.executable).with_name("lightning-proxy")), "serve", "--upstream", upstream]
+    command += ["--port", "0", "--db", str(db), *flags]
+    with log.open("a") as errors:
+        process = subprocess.Popen(
+            command,
+            cwd=db.parent,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **(env or {})},
+        )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.search(r"http://[^\s/]+", line)
+    if found is None:
+        process.kill()
+        raise AssertionError(f"serve did not say where it listens: {line!r}\n{log.read_text()}")
+    url = found.group()
+    wait_until(lambda: urllib.request.urlopen(f"{url}/healthz", timeout=5).status == 200)
+    return ProxyProcess(process, url, db, log)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Block until a condition holds. Raises ``TimeoutError``."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not so within {timeout_s} s")
+        time.sleep(0.005)

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import sqlite3
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lightning_proxy.errors import Conflict, InvalidInput, StoreError, StoreUnavailable, UnknownTarget
+from lightning_proxy.store import Store
+from lightning_proxy.store.connection import SCHEMA_VERSION
+from lightning_proxy.store.schema import migrations
+from tests.store.support import make_span, output_of, start_script
+
+
+def test_a_new_file_gets_the_present_schema_in_wal_mode(store: Store) -> None:
+    assert store.scalar("PRAGMA user_version") == SCHEMA_VERSION
+    assert store.scalar("PRAGMA journal_mode") == "wal"
+    assert store.scalar("PRAGMA foreign_keys") == 1
+    assert store.scalar("SELECT count(*) FROM _sqlite_migrations") == SCHEMA_VERSION
+
+
+def test_the_schema_version_counts_the_migrations(store: Store) -> None:
+    from sqlite_utils import Database
+
+    assert len(migrations.applied(Database(store.connection))) == SCHEMA_VERSION
+    assert migrations.pending(Database(store.connection)) == []
+
+
+@pytest.mark.parametrize(("synchronous", "level"), [("normal", 1), ("full", 2)])
+def test_synchronous_is_as_asked_for(db: Path, synchronous: str, level: int) -> None:
+    with Store.open(db, synchronous=synchronous) as store:  # type: ignore[arg-type]  # parametrized
+        assert store.scalar("PRAGMA synchronous") == level
+
+
+def test_what_was_written_is_there_after_reopening(db: Path) -> None:
+    with Store.open(db) as store:
+        store.create_rollout(rollout_id="r1")
+    with Store.open(db, create=False) as store:
+        assert store.get_rollout("r1").rollout_id == "r1"
+
+
+def test_a_missing_file_is_named_where_none_may_be_made(db: Path) -> None:
+    with pytest.raises(UnknownTarget, match=r"no database at .*lightning\.db.*serve"):
+        Store.open(db, create=False)
+    assert not db.exists()
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"directory .*nowhere does not exist"):
+        Store.open(tmp_path / "nowhere" / "lightning.db")
+
+
+def test_a_newer_schema_is_refused_and_left_alone(db: Path) -> None:
+    Store.open(db).close()
+    with closing(sqlite3.connect(db)) as connection:
+        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+    with pytest.raises(StoreError, match="newer lightning-proxy"):
+        Store.open(db)
+
+
+def test_a_database_of_something_else_is_refused_and_left_alone(db: Path) -> None:
+    with closing(sqlite3.connect(db)) as connection:
+        connection.execute("CREATE TABLE holidays (day TEXT)")
+    with pytest.raises(StoreError, match="something else"):
+        Store.open(db)
+    with closing(sqlite3.connect(db)) as connection:
+        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("holidays",)]
+
+
+def test_a_file_that_is_no_database_is_refused(db: Path) -> None:
+    db.write_text("dear diary " * 1000)
+    with pytest.raises(StoreError, match="not a database"):
+        Store.open(db)
+
+
+def test_a_migration_that_fails_leaves_nothing_behind(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(migrations._migrations[0], "fn", broken)
+    with pytest.raises(ZeroDivisionError):
+        Store.open(db)
+    monkeypatch.undo()
+    with closing(sqlite3.connect(db)) as connection:
+        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == []
+    Store.open(db).close()
+
+
+def test_processes_that_open_a_new_file_at_once_all_succeed(db: Path) -> None:
+    script = """
+        import sys
+        from lightning_proxy.store import Store
+        import lightning_proxy.store.schema
+        import os
+        print("ready", flush=True)
+        while not os.path.exists(sys.argv[2]):
+            pass
+        with Store.open(sys.argv[1]) as store:
+            print(store.create_rollout(rollout_id="r1")[1])
+    """
+    barrier = db.parent / "barrier"
+    processes = [start_script(script, db, barrier) for _ in range(5)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    barrier.touch()
+    made = [output_of(process)[0] for process in processes]
+    assert sorted(made) == ["False"] * 4 + ["True"]
+
+
+def test_importing_the_store_imports_no_sqlite_utils_and_no_torch() -> None:
+    script = """
+        import sys
+        import lightning_proxy.store
+        print(sorted({"sqlite_utils", "torch", "pydantic", "aiohttp"} & set(sys.modules)))
+    """
+    assert output_of(start_script(script)) == ["[]"]
+
+
+def test_opening_an_up_to_date_database_imports_no_sqlite_utils(db: Path) -> None:
+    Store.open(db).close()
+    script = """
+        import sys
+        from lightning_proxy.store import Store
+        Store.open(sys.argv[1]).close()
+        print("sqlite_utils" in sys.modules)
+    """
+    assert output_of(start_script(script, db)) == ["False"]
+
+
+def _break_off(store: Store, write: Callable[[], object]) -> None:
+    with store.transaction():
+        write()
+        raise ZeroDivisionError
+
+
+def test_a_transaction_that_raises_leaves_nothing(store: Store) -> None:
+    with pytest.raises(ZeroDivisionError):
+        _break_off(store, lambda: store.create_rollout(rollout_id="r1"))
+    assert store.stats()["rollouts"] == 0
+
+
+def test_a_nested_transaction_that_raises_undoes_only_itself(store: Store) -> None:
+    with store.transaction():
+        store.create_rollout(rollout_id="outer")
+        with pytest.raises(ZeroDivisionError):
+            _break_off(store, lambda: store.create_rollout(rollout_id="inner"))
+        with store.transaction():
+            store.create_rollout(rollout_id="later")
+    assert {summary.rollout.rollout_id for summary in store.list_rollouts()} == {"outer", "later"}
+
+
+def test_a_span_can_be_added_after_a_rollback_that_took_its_rollout_away(store: Store) -> None:
+    with pytest.raises(ZeroDivisionError):
+        _break_off(store, lambda: store.add_span(make_span()))
+    store.add_span(make_span())
+    assert [attempt.number for attempt in store.list_attempts("r1")] == [1]
+
+
+def test_a_locked_database_is_unavailable_for_writers_and_readable(store: Store, db: Path) -> None:
+    with Store.open(db, busy_timeout_s=0.05) as second, store.transaction():
+        store.create_rollout(rollout_id="r1")
+        with pytest.raises(StoreUnavailable, match="locked"):
+            second.create_rollout(rollout_id="r2")
+        assert second.stats()["rollouts"] == 0
+
+
+def test_a_full_database_is_unavailable_and_keeps_what_it_had(store: Store) -> None:
+    store.create_rollout(rollout_id="r1")
+    pages = store.scalar("PRAGMA page_count")
+    store.scalar(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(StoreUnavailable, match="full"), store.transaction():
+        store.add_span(make_span(request=b"x" * 100_000))
+    assert store.stats()["spans"] == 0
+    store.scalar("PRAGMA max_page_count=1000000")
+    store.add_span(make_span(request=b"x" * 100_000))
+    assert store.stats()["spans"] == 1
+
+
+def test_errors_of_ours_pass_through_a_transaction(store: Store) -> None:
+    with pytest.raises(Conflict), store.transaction():
+        raise Conflict("no")
+
+
+def test_what_sqlite_cannot_hold_is_invalid_input(store: Store) -> None:
+    with pytest.raises(InvalidInput, match="cannot be stored"):
+        store.get_span(2**70)
+    with pytest.raises(InvalidInput, match="cannot be stored"):
+        store.add_span(make_span(rollout_id="\ud800"))
+    assert store.stats()["rollouts"] == 0
+
+
+def test_a_closed_store_says_so(db: Path) -> None:
+    store = Store.open(db)
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        store.stats()
+    with pytest.raises(StoreError, match="closed"):
+        store.create_rollout()
+
+
+def test_sqlite_is_built_for_use_from_another_thread() -> None:
+    assert sqlite3.threadsafety == 3, sys.version

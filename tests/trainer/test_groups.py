@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+import pytest
+
+from lightning_proxy.errors import TrainingError
+from lightning_proxy.trainer.advantages import Returns, assign
+from lightning_proxy.trainer.credit import identical
+from lightning_proxy.trainer.groups import BY_PROMPT, BY_TASK, Grouping, form_groups
+from lightning_proxy.trainer.transitions import LeftOut, Reason, TrainableRollout, Transition
+
+
+def rollout(
+    name: str, value: float, task: str | None = "t", prompt: tuple[int, ...] = (1, 2), calls: int = 1
+) -> TrainableRollout:
+    step = Transition(name, 1, 1, 0, None, 0, array("i", prompt), array("i", [3]), array("f", [-1.0]))
+    return TrainableRollout(name, task, value, (step,) * calls)
+
+
+def group(*rollouts: TrainableRollout, may_wait: bool = True) -> tuple[Grouping, LeftOut]:
+    left_out = LeftOut()
+    return form_groups(rollouts, min_size=2, may_wait=may_wait, left_out=left_out), left_out
+
+
+def members(grouping: Grouping) -> list[list[str]]:
+    return [[each.rollout_id for each in rollouts] for rollouts in grouping.groups]
+
+
+def test_rollouts_are_grouped_by_task_id_and_the_method_is_recorded_on_each_transition() -> None:
+    grouping, _ = group(
+        rollout("a", 1, "x"), rollout("b", 0, "y"), rollout("c", 0, "x"), rollout("d", 1, "y")
+    )
+    assert members(grouping) == [["a", "c"], ["b", "d"]]
+    found = grouping.groups[0][0].transitions[0].group
+    assert found is not None
+    assert (found.method, found.key) == (BY_TASK, "x")
+
+
+def test_without_a_task_id_the_token_ids_of_the_first_prompt_decide() -> None:
+    grouping, _ = group(
+        rollout("a", 1, None, (1, 2)),
+        rollout("b", 0, None, (1, 3)),
+        rollout("c", 0, None, (1, 2)),
+        rollout("d", 1, None, (1, 3)),
+    )
+    assert members(grouping) == [["a", "c"], ["b", "d"]]
+    found = grouping.groups[0][0].transitions[0].group
+    assert found is not None
+    assert found.method == BY_PROMPT
+
+
+def test_a_rollout_with_a_task_id_and_one_without_never_share_a_group() -> None:
+    grouping, _ = group(rollout("a", 1, "x"), rollout("b", 0, None))
+    assert members(grouping) == []
+
+
+def test_a_group_that_is_too_small_is_for_a_later_run_and_counted() -> None:
+    grouping, left_out = group(rollout("a", 1, "x"), rollout("b", 1, "y"), rollout("c", 0, "y"))
+    assert members(grouping) == [["b", "c"]]
+    assert grouping.for_later == ("a",)
+    assert left_out.rollouts == {Reason.GROUP_TOO_SMALL: 1}
+
+
+def test_a_group_that_is_too_small_is_left_out_for_good_where_it_would_block_the_queue() -> None:
+    grouping, left_out = group(rollout("a", 1, "x"), may_wait=False)
+    assert grouping.for_later == ()
+    assert left_out.rollouts == {Reason.GROUP_TOO_SMALL: 1}
+
+
+def test_a_group_whose_returns_are_all_equal_is_left_out_and_counted() -> None:
+    grouping, left_out = group(rollout("a", 1, "x"), rollout("b", 1, "x"))
+    assert members(grouping) == []
+    assert grouping.for_later == ()
+    assert left_out.rollouts == {Reason.GROUP_ALL_EQUAL: 2}
+
+
+def test_identical_credit_gives_every_transition_the_whole_return() -> None:
+    assert [each.credit for each in identical(rollout("a", 0.75, calls=3))] == [0.75, 0.75, 0.75]
+
+
+def centred(credits_R: Returns, groups_R: object) -> Returns:
+    assert groups_R == [0, 0, 1, 1]
+    return credits_R - credits_R.mean()
+
+
+def test_a_rollout_counts_once_in_its_group_however_many_calls_it_made() -> None:
+    grouping, _ = group(
+        rollout("a", 1, "x", calls=9), rollout("b", 0, "x"), rollout("c", 3, "y"), rollout("d", 0, "y")
+    )
+    done = assign(grouping.groups, credit=identical, estimator=centred)
+    assert [each.transitions[0].advantage for each in done] == [0.0, -1.0, 2.0, -1.0]
+    assert {each.advantage for each in done[0].transitions} == {0.0}
+    assert {each.credit for each in done[0].transitions} == {1.0}
+
+
+def test_an_estimator_that_gives_no_number_is_an_error() -> None:
+    grouping, _ = group(rollout("a", 1), rollout("b", 0))
+    with pytest.raises(TrainingError, match="not finite"):
+        assign(grouping.groups, credit=identical, estimator=lambda credits_R, _: credits_R * np.nan)

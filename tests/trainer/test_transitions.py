@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from array import array
+from dataclasses import replace
+
+import pytest
+
+from lightning_proxy.store import Fidelity, RecordedRollout, Reward
+from lightning_proxy.trainer.transitions import (
+    LeftOut,
+    Reason,
+    TrainableRollout,
+    rollout_return,
+    trainable_rollouts,
+)
+from tests.trainer.recording import POLICY, failed_span, generation, recorded, span
+
+
+def convert(*rollouts: RecordedRollout, max_tokens: int = 100) -> tuple[list[TrainableRollout], LeftOut]:
+    left_out = LeftOut()
+    return trainable_rollouts(rollouts, policy=POLICY, max_tokens=max_tokens, left_out=left_out), left_out
+
+
+def reward(value: float = 1.0, **target: int) -> Reward:
+    return Reward("r", value, **target)
+
+
+def test_each_generation_of_each_call_becomes_one_transition_with_its_next_state() -> None:
+    first = span("r", generation([1, 2], [3]), generation([1, 2], [4, 5]))
+    second = span("r", generation([1, 2, 3, 9], [6]), role="checker", policy_version=7)
+    [rollout], left_out = convert(recorded("r", [first, second], reward(0.5)))
+    assert [list(each.response_ids) for each in rollout.transitions] == [[3], [4, 5], [6]]
+    assert [(each.span_id, each.choice) for each in rollout.transitions] == [(1, 0), (1, 1), (2, 0)]
+    assert rollout.transitions[0].next_prompt_ids == array("i", [1, 2, 3, 9])
+    assert rollout.transitions[2].next_prompt_ids is None
+    assert rollout.transitions[2].role == "checker"
+    assert rollout.transitions[2].policy_version == 7
+    assert rollout.value == 0.5
+    assert left_out.as_dict() == {"rollouts": {}, "calls": {}}
+
+
+def test_credit_advantage_and_group_are_none_until_they_are_assigned() -> None:
+    [rollout], _ = convert(recorded("r", [span("r", generation([1], [2]))], reward()))
+    assert (rollout.transitions[0].credit, rollout.transitions[0].advantage) == (None, None)
+    assert rollout.transitions[0].group is None
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (failed_span("r"), Reason.ERROR),
+        (span("r", generation([1], [2]), policy=None), Reason.OTHER_POLICY),
+        (span("r", generation([1], [2]), policy="gpt"), Reason.OTHER_POLICY),
+        (span("r", generation([1], [2]), fidelity=Fidelity.RETOKENIZED), Reason.NOT_EXACT),
+        (span("r", fidelity=Fidelity.TEXT), Reason.NOT_EXACT),
+        (span("r", generation([1], [2], lambda *_: [])), Reason.NO_LOGPROBS),
+        (span("r", generation([1], [2], lambda *_: [float("nan")])), Reason.NO_LOGPROBS),
+        (span("r", generation([1], [2], lambda *_: [float("-inf")])), Reason.NO_LOGPROBS),
+        (span("r", generation([1], [])), Reason.EMPTY),
+        (span("r", generation([], [1])), Reason.EMPTY),
+        (span("r", generation([1] * 99, [2, 3])), Reason.TOO_LONG),
+    ],
+)
+def test_a_call_that_cannot_be_trained_on_is_left_out_and_counted(call: object, reason: Reason) -> None:
+    good = span("r", generation([1], [2]))
+    [rollout], left_out = convert(recorded("r", [good, call], reward()))  # type: ignore[list-item]
+    assert len(rollout.transitions) == 1
+    assert left_out.calls == {reason: 1}
+    alone, left_out = convert(recorded("r", [call], reward()))  # type: ignore[list-item]
+    assert alone == []
+    assert left_out.rollouts == {Reason.NO_TRANSITION: 1}
+
+
+def test_a_rollout_that_lost_a_span_in_capture_is_left_out_whole() -> None:
+    calls = [span("r", generation([1], [2]))]
+    kept, left_out = convert(recorded("r", calls, reward(), incomplete="the disk was full"))
+    assert kept == []
+    assert left_out.as_dict() == {"rollouts": {"incomplete_rollout": 1}, "calls": {}}
+
+
+def test_the_return_is_the_sum_of_the_rewards_of_the_rollout_its_last_attempt_and_that_ones_spans() -> None:
+    rewards = [
+        reward(1.0),
+        reward(0.25, attempt=2),
+        replace(reward(0.5, span_id=1), name="format"),
+        reward(100.0, attempt=1),
+        reward(100.0, span_id=77),
+    ]
+    assert rollout_return(recorded("r", [span("r")], *rewards, attempt=2)) == 1.75
+
+
+def test_a_missing_reward_is_not_a_reward_of_zero() -> None:
+    only_earlier = recorded("r", [span("r", generation([1], [2]))], reward(1.0, attempt=1), attempt=2)
+    assert rollout_return(only_earlier) is None
+    kept, left_out = convert(only_earlier)
+    assert kept == []
+    assert left_out.rollouts == {Reason.NO_REWARD: 1}
