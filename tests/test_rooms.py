@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ MAX_FILE_LINES = 600
 HEAVY = ("torch", "vllm", "verl", "ray", "litellm", "transformers", "pandas", "numpy")
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+@functools.cache
+def imports(path: Path) -> Sequence[tuple[int, str]]:
     """(line, absolute module) of every import in a file, those inside functions included.
 
     ``from package import name`` counts as an import of ``package.name``: it may be a module. Imports
@@ -58,15 +60,17 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
         for inner in ast.walk(statement)
     }
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found: list[tuple[int, str]] = []
     for node in ast.walk(tree):
         if id(node) in never_run:
             continue
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            found += ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*above, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+            found += ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+    return found
 
 
 def room_of(module: str) -> str:

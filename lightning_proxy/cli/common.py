@@ -56,11 +56,11 @@ def proxy_client(settings: Settings, *, timeout_s: float = 30.0) -> ProxyClient:
     return ProxyClient(settings.train.proxy_url, settings.proxy.token, timeout_s)
 
 
-def print_json(value: Any, *, indent: int | None = 2) -> None:
-    """One JSON document, whatever it is made of; on one line with ``indent=None``."""
+def print_json(value: Any) -> None:
+    """One JSON document, whatever it is made of."""
     from lightning_proxy.store.json_view import as_json
 
-    typer.echo(json.dumps(as_json(value), indent=indent, ensure_ascii=False, default=str))
+    typer.echo(json.dumps(as_json(value), indent=2, ensure_ascii=False, default=str))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

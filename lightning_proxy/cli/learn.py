@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -83,16 +83,25 @@ def train(
             "--watch goes on whatever a pass finds: give it without --dry-run and --require-update"
         )
     settings = settings_from(config, store__db=db, policy__model=model, train__proxy_url=proxy)
-    signal.signal(signal.SIGTERM, _exit_in_order)
-    if watch:
-        _watch(settings, json_)
-    else:
-        raise typer.Exit(_one_pass(settings, json_, dry_run=dry_run, require_update=require_update))
+    with _unwinding_on_sigterm():
+        if watch:
+            _watch(settings, json_)
+        code = _one_pass(settings, json_, dry_run=dry_run, require_update=require_update)
+    raise typer.Exit(code)
 
 
-def _exit_in_order(signum: int, frame: FrameType | None) -> None:
-    """Unwind, so that a run that is cut gives back what it drained at once."""
-    sys.exit(128 + signum)
+@contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """End in order, so that a run that is cut gives back at once what it drained."""
+
+    def leave(signum: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _one_pass(settings: Settings, as_json: bool, *, dry_run: bool, require_update: bool) -> int:
@@ -108,7 +117,7 @@ def _one_pass(settings: Settings, as_json: bool, *, dry_run: bool, require_updat
     return NO_UPDATE if idle and require_update else 0
 
 
-def _watch(settings: Settings, as_json: bool) -> None:
+def _watch(settings: Settings, as_json: bool) -> NoReturn:
     """A pass that fails is reported and followed by the next; only a bug or a signal ends this."""
     from lightning_proxy.trainer.report import Outcome
     from lightning_proxy.trainer.run import Trainer
@@ -125,15 +134,16 @@ def _watch(settings: Settings, as_json: bool) -> None:
             except (StoreError, TrainingError) as error:
                 typer.echo(f"lightning-proxy: {error}", err=True)
             else:
-                if report.outcome is not Outcome.NOTHING or report.message != said:
-                    _print_report(report, as_json, indent=None)
+                idle = report.outcome is Outcome.NOTHING and report.run_id is None
+                if not idle or report.message != said:
+                    _print_report(report, as_json)
                 said = report.message
             time.sleep(settings.train.watch_interval_s)
 
 
-def _print_report(report: TrainReport, as_json: bool, *, indent: int | None = 2) -> None:
+def _print_report(report: TrainReport, as_json: bool) -> None:
     if as_json:
-        print_json(report.as_dict(), indent=indent)
+        print_json(report.as_dict())
         return
     typer.echo(f"{report.outcome.value}: {report.message}")
     for what, reasons in report.left_out.items():

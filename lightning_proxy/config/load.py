@@ -222,7 +222,7 @@ def _explain(error: ValidationError, given: Mapping[str, Any], origin: Mapping[s
         key = ".".join(str(part) for part in problem["loc"][:2])
         reason = str(problem.get("ctx", {}).get("error", ""))
         if key not in given:  # a rule over several settings of one table
-            lines.append(f"{key}: {reason or problem['msg']}")
+            lines.append(reason or f"{key}: {problem['msg']}")
             continue
         info = fields()[key]
         value = f"is {given[key]!r}" if info.repr else "is not what it may be"

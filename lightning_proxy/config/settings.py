@@ -96,7 +96,7 @@ class ProxySettings(_Table):
     def _open_to_others_needs_a_token(self) -> Self:
         if self.token is None and not is_loopback(self.host):
             raise ValueError(
-                f"host {self.host!r} lets other machines in, so it needs a token: set proxy.token (or "
+                f"proxy.host is {self.host!r}, which lets other machines in: set proxy.token (or "
                 "LIGHTNING_PROXY__TOKEN), or listen on 127.0.0.1"
             )
         return self
@@ -211,8 +211,8 @@ class TrainSettings(_Table):
     def _bounds_agree(self) -> Self:
         if self.max_rollouts < self.min_rollouts:
             raise ValueError(
-                f"max_rollouts is {self.max_rollouts} but min_rollouts is {self.min_rollouts}: a run could "
-                "never begin; raise the first or lower the second"
+                f"train.max_rollouts is {self.max_rollouts} but train.min_rollouts is {self.min_rollouts}: "
+                "a run could never begin; raise the first or lower the second"
             )
         return self
 

@@ -10,12 +10,13 @@ its one tool, and prints the answer as one line of JSON.
 import argparse
 import json
 import sqlite3
+from typing import Any
 
 from openai import OpenAI
 
 MODEL = "tiny-sql"
 MAX_CALLS = 3
-TOOLS = [
+TOOLS: Any = [
     {
         "type": "function",
         "function": {
@@ -31,14 +32,14 @@ TOOLS = [
 ]
 
 
-def describe_tables(connection):
+def describe_tables(connection: sqlite3.Connection) -> str:
     """Every table with its columns, e.g. ``items(price, stock)``."""
     names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     columns = {name: [row[1] for row in connection.execute(f'PRAGMA table_info("{name}")')] for name in names}
     return "\n".join(f"{name}({', '.join(columns[name])})" for name in names)
 
 
-def run_query(connection, query):
+def run_query(connection: sqlite3.Connection, query: str) -> str:
     """The rows as text, or what SQLite has against the query."""
     try:
         rows = connection.execute(query).fetchmany(5)
@@ -47,12 +48,17 @@ def run_query(connection, query):
     return "\n".join(", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row) for row in rows)
 
 
-def ask(client, messages, temperature):
+def ask(client: OpenAI, messages: list[Any], temperature: float) -> dict[str, Any]:
     """One streamed call; returns the assistant's message, put together."""
     content = ""
-    calls = {}
+    calls: dict[int, dict[str, str]] = {}
     stream = client.chat.completions.create(
-        model=MODEL, messages=messages, tools=TOOLS, stream=True, temperature=temperature, max_completion_tokens=64
+        model=MODEL,
+        messages=messages,
+        tools=TOOLS,
+        stream=True,
+        temperature=temperature,
+        max_completion_tokens=64,
     )
     for chunk in stream:
         if not chunk.choices:
@@ -62,9 +68,10 @@ def ask(client, messages, temperature):
         for piece in delta.tool_calls or ():
             call = calls.setdefault(piece.index, {"id": "", "name": "", "arguments": ""})
             call["id"] += piece.id or ""
-            call["name"] += piece.function.name or ""
-            call["arguments"] += piece.function.arguments or ""
-    message = {"role": "assistant", "content": content}
+            if piece.function:
+                call["name"] += piece.function.name or ""
+                call["arguments"] += piece.function.arguments or ""
+    message: dict[str, Any] = {"role": "assistant", "content": content}
     if calls:
         message["tool_calls"] = [
             {
@@ -77,7 +84,7 @@ def ask(client, messages, temperature):
     return message
 
 
-def wanted_query(call):
+def wanted_query(call: dict[str, Any]) -> str | None:
     """The query of a tool call, or None where the model did not write a proper one."""
     try:
         arguments = json.loads(call["function"]["arguments"])
@@ -87,25 +94,29 @@ def wanted_query(call):
     return query if call["function"]["name"] == "sql" and isinstance(query, str) else None
 
 
-def answer(question, connection, temperature):
+def answer(question: str, connection: sqlite3.Connection, temperature: float) -> str:
     """Let the model query until it answers in words."""
     client = OpenAI()
-    messages = [
+    messages: list[Any] = [
         {"role": "system", "content": describe_tables(connection)},
         {"role": "user", "content": question},
     ]
+    said = ""
     for _ in range(MAX_CALLS):
         message = ask(client, messages, temperature)
-        queries = [wanted_query(call) for call in message.get("tool_calls", ())]
-        if not queries or None in queries:
-            return message["content"].strip()
+        said = message["content"].strip()
+        calls = message.get("tool_calls", [])
+        queries = [query for call in calls if (query := wanted_query(call)) is not None]
+        if not calls or len(queries) < len(calls):
+            break
         messages.append(message)
-        for call, query in zip(message["tool_calls"], queries):
-            messages.append({"role": "tool", "tool_call_id": call["id"], "content": run_query(connection, query)})
-    return message["content"].strip()
+        for call, query in zip(calls, queries, strict=True):
+            result = run_query(connection, query)
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+    return said
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="Answer a question about an SQLite file.")
     parser.add_argument("question")
     parser.add_argument("db")

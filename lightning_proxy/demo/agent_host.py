@@ -149,7 +149,9 @@ def warm_up() -> None:
     transport = httpx.MockTransport(
         lambda _: httpx.Response(200, headers={"content-type": "text/event-stream"}, text=_CANNED)
     )
-    client = openai.OpenAI(base_url="http://warm-up/v1", api_key="none", http_client=httpx.Client(transport=transport))
+    client = openai.OpenAI(
+        base_url="http://warm-up/v1", api_key="none", http_client=httpx.Client(transport=transport)
+    )
     for _ in client.chat.completions.create(
         model="m", messages=[{"role": "user", "content": "warm up"}], stream=True
     ):

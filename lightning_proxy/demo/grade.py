@@ -1,6 +1,6 @@
 """The grader: its own process, after the fact. Runs the gold queries and posts rewards.
 
-    python -m lightning_proxy.demo.grade --url http://127.0.0.1:8080 --tasks tasks.jsonl --results results.jsonl
+    python -m lightning_proxy.demo.grade --url http://127.0.0.1:8080 --tasks TASKS --results RESULTS
 
 It sees no model call and no agent: only the tasks, the answers and the proxy's ``/reward``. A right
 answer is worth 1, anything else 0. Grading the same results twice posts nothing twice.
@@ -39,7 +39,9 @@ def gold_answer(db: Path, query: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def rewards_for(tasks: Iterable[Mapping[str, Any]], results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rewards_for(
+    tasks: Iterable[Mapping[str, Any]], results: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """One reward for each result; the bodies that ``/reward`` takes."""
     gold = {task["task_id"]: gold_answer(Path(task["db"]), task["gold_query"]) for task in tasks}
     rewards = []

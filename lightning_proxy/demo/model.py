@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_proxy.demo.tasks import AGGREGATES, COLUMNS, Task, make_task, query_text
+from lightning_proxy.demo.tasks import AGGREGATES, COLUMNS, Task, aggregate_of, make_task, query_text
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +70,7 @@ def demonstrate(task: Task, rng: random.Random) -> list[dict[str, Any]]:
     aggregate, column = _confused_choice(task, rng)
     if column in task.columns:
         values = [row[task.columns.index(column)] for row in task.rows]
-        result = {"SUM": sum(values), "MAX": max(values), "MIN": min(values)}.get(aggregate, sum(values) // len(values))
-        output = said = str(result)
+        output = said = str(aggregate_of(aggregate, values))
     else:
         output, said = f"error: no such column: {column}", UNKNOWN
     query = query_text(aggregate, column, task.table)
@@ -211,7 +210,7 @@ def warm_start(model: Any, tokenizer: Any, *, steps: int = STEPS, log: Callable[
         taught_B_T = labels_B_T[:, 1:] != -100
         hidden = model.model(input_ids=ids_B_T, use_cache=False).last_hidden_state[:, :-1][taught_B_T]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels_B_T[:, 1:][taught_B_T])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()

@@ -59,7 +59,9 @@ class ProxyApi:
             self._connection.close()
             raise EngineUnreachable(f"no answer from the proxy at {self.url}: {error!r}") from error
         if response.status >= 400:
-            raise EngineRefused(f"{method} {path} answered {response.status}: {text[:500].decode(errors='replace')}")
+            raise EngineRefused(
+                f"{method} {path} answered {response.status}: {text[:500].decode(errors='replace')}"
+            )
         return json.loads(text)
 
 
@@ -73,7 +75,11 @@ class AgentHost:
         self._concurrency = concurrency
         no_certificates.mkdir(parents=True, exist_ok=True)
         # The proxy is spoken to without TLS: reading the certificate bundle would be a third of an agent's time.
-        self._env = {"SSL_CERT_FILE": "", "SSL_CERT_DIR": str(no_certificates), "NO_PROXY": "127.0.0.1,localhost"}
+        self._env = {
+            "SSL_CERT_FILE": "",
+            "SSL_CERT_DIR": str(no_certificates),
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
         command = [sys.executable, str(HERE / "agent_host.py"), str(script)]
         command += ["--concurrency", str(concurrency), "--timeout", str(timeout_s)]
         self._process = subprocess.Popen(
@@ -108,7 +114,9 @@ class AgentHost:
             except OSError as error:
                 raise AgentHostDied(f"the process that runs the agents is gone: {error}") from error
             if not line:
-                raise AgentHostDied(f"the process that runs the agents ended with status {self._process.wait()}")
+                raise AgentHostDied(
+                    f"the process that runs the agents ended with status {self._process.wait()}"
+                )
             yield json.loads(line)
             done += 1
 
@@ -172,7 +180,11 @@ def sample(
 def read_result(ended: Mapping[str, Any], task_id: str) -> Result:
     """The answer is in the last line that the agent printed."""
     if ended["status"] != 0:
-        why = "the agent took too long" if ended["status"] == "timeout" else f"the agent ended with {ended['status']}"
+        why = (
+            "the agent took too long"
+            if ended["status"] == "timeout"
+            else f"the agent ended with {ended['status']}"
+        )
         return Result(ended["id"], task_id, None, why)
     try:
         answer = json.loads(ended["output"].splitlines()[-1])["answer"]

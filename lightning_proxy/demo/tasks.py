@@ -19,7 +19,20 @@ from typing import Literal
 Split = Literal["train", "heldout"]
 
 TABLES = ("items", "orders", "books", "trips", "games", "farms", "rooms", "films")
-COLUMNS = ("price", "weight", "stock", "pages", "score", "rating", "length", "height", "cost", "speed", "age", "size")
+COLUMNS = (
+    "price",
+    "weight",
+    "stock",
+    "pages",
+    "score",
+    "rating",
+    "length",
+    "height",
+    "cost",
+    "speed",
+    "age",
+    "size",
+)
 # Every wording asks for exactly one aggregate; COUNT is left out since it names no column.
 WORDINGS: tuple[tuple[str, str], ...] = (
     ("What is the total {}?", "SUM"),
@@ -59,7 +72,7 @@ class Task:
     def answer(self) -> str:
         """Result of the gold query."""
         values = [row[self.columns.index(self.column)] for row in self.rows]
-        return str(_aggregate(self.aggregate, values))
+        return str(aggregate_of(self.aggregate, values))
 
 
 def query_text(aggregate: str, column: str, table: str) -> str:
@@ -121,13 +134,14 @@ def _rows(rng: random.Random, aggregate: str, gold: int) -> tuple[tuple[int, ...
         columns = [[rng.randint(2, 99) for _ in range(count)] for _ in range(3)]
         for column in columns:
             column[rng.randrange(count)] += -sum(column) % count
-        answers = [_aggregate(name, column) for column in columns for name in AGGREGATES]
-        wanted = _aggregate(aggregate, columns[gold])
+        answers = [aggregate_of(name, column) for column in columns for name in AGGREGATES]
+        wanted = aggregate_of(aggregate, columns[gold])
         if answers.count(wanted) == 1:
             return tuple(zip(*columns, strict=True))
 
 
-def _aggregate(name: str, values: list[int]) -> int:
+def aggregate_of(name: str, values: list[int]) -> int:
+    """What SQLite makes of the values; averages of our tables are whole."""
     match name:
         case "SUM":
             return sum(values)

@@ -15,12 +15,13 @@ from urllib.parse import unquote
 from lightning_proxy.errors import InvalidInput
 
 _PREFIX = re.compile(
-    r"^/(?:rollout|sessions)/(?P<rollout>[^/]+)"
-    r"(?:/attempt/(?P<attempt>[^/]+))?"
-    r"(?:/role/(?P<role>[^/]+))?"
-    r"(?P<rest>/v1(?:/.*)?|/?)$"
+    r"/(?:rollout|sessions)/(?P<rollout>[^/?]+)"
+    r"(?:/attempt/(?P<attempt>[^/?]+))?"
+    r"(?:/role/(?P<role>[^/?]+))?"
+    r"(?P<rest>/v1(?:[/?].*)?|/?(?:\?.*)?)"
 )
-_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,199}$")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,199}")
+_LONGEST_NUMBER = 10  # digits of an attempt
 KEY_PREFIX = "lp-"  # of the keys that Store.issue_key makes
 
 
@@ -48,13 +49,14 @@ def split_path(path: str) -> SplitPath:
 
     Raises InvalidInput for an id or attempt that cannot be one.
     """
-    match = _PREFIX.match(path)
+    match = _PREFIX.fullmatch(path)
     if match is None:
         return SplitPath(path, None)
     rollout_id = checked_id(unquote(match["rollout"]), "rollout id")
     role = match["role"] and checked_id(unquote(match["role"]), "role")
     attempt = checked_attempt(match["attempt"] or "1")
-    return SplitPath(match["rest"] or "/", Attribution(rollout_id, attempt, role, "path", 1.0))
+    rest = match["rest"] if match["rest"].startswith("/") else "/" + match["rest"]
+    return SplitPath(rest, Attribution(rollout_id, attempt, role, "path", 1.0))
 
 
 def from_headers(headers: Mapping[str, str]) -> Attribution | None:
@@ -69,11 +71,16 @@ def from_headers(headers: Mapping[str, str]) -> Attribution | None:
         bag = parse_baggage(headers["baggage"])
         rollout_id = bag.get("rollout_id") or bag.get("session_id") or bag.get("session.id")
         by = "baggage"
-    if not rollout_id or not _ID.match(rollout_id):
+    if not rollout_id or not _ID.fullmatch(rollout_id):
         return None
     attempt = headers.get("X-Attempt") or bag.get("attempt") or "1"
-    number = int(attempt) if attempt.isdecimal() and int(attempt) > 0 else 1
-    return Attribution(rollout_id, number, bag.get("role"), by, 1.0)
+    number = int(attempt) if _is_attempt(attempt) else 1
+    return Attribution(rollout_id, number, role_or_none(bag.get("role")), by, 1.0)
+
+
+def role_or_none(value: str | None) -> str | None:
+    """A role that a header names; ``None`` where it cannot be one."""
+    return value if value and _ID.fullmatch(value) else None
 
 
 def parse_baggage(header: str) -> dict[str, str]:
@@ -101,7 +108,7 @@ def api_key(headers: Mapping[str, str]) -> str | None:
 
 def checked_id(value: str, what: str) -> str:
     """Return ``value`` if it can be an id, else raise InvalidInput."""
-    if not _ID.match(value):
+    if not _ID.fullmatch(value):
         raise InvalidInput(
             f"{value[:80]!r} cannot be a {what}: 1 to 200 letters, digits or ._:@- are needed, "
             "beginning with a letter or digit"
@@ -111,6 +118,10 @@ def checked_id(value: str, what: str) -> str:
 
 def checked_attempt(value: str) -> int:
     """Return an attempt number, counted from 1, else raise InvalidInput."""
-    if not value.isdecimal() or not 0 < int(value) < 2**31:
+    if not _is_attempt(value):
         raise InvalidInput(f"{value[:80]!r} cannot be an attempt: a whole number from 1 is needed")
     return int(value)
+
+
+def _is_attempt(value: str) -> bool:
+    return value.isdecimal() and len(value) <= _LONGEST_NUMBER and 0 < int(value) < 2**31

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import orjson
 
-from lightning_proxy.store import Fidelity, Span
+from lightning_proxy.store import Fidelity, Generation, Span
 
 from .attribution import Attribution
-from .sse import Event, SseParser, encode_event
+from .sse import Event, SseParser, with_data
 from .wires import Collector, Prepared, Wire
 from .wires.base import Json, sampling_of
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _LONGEST_ERROR = 4096
 # What an answer of an unexpected shape can raise in a collector.
-_CAPTURE_FAULTS = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+_CAPTURE_FAULTS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(slots=True)
@@ -89,7 +92,7 @@ class Call:
             chunk = orjson.loads(event.data)
             if not self._collector.event(chunk):
                 return b""
-            return encode_event(orjson.dumps(chunk)) if self.prepared.strips else event.raw
+            return with_data(event, orjson.dumps(chunk)) if self.prepared.strips else event.raw
         except _CAPTURE_FAULTS as error:
             self._note_fault(error)
             return event.raw
@@ -107,7 +110,9 @@ class Call:
         """The call as a span: a response, or an error where there is one."""
         if error_class is None:
             error_class, error = self._own_error()
-        captured = None if error_class else self._collector.captured()
+        captured = None if error_class else self._unless_faulty(self._collector.captured)
+        if captured is None and error_class is None:
+            error_class, error = "capture_fault", self.fault
         attribution = self.attribution
         return Span(
             rollout_id=attribution.rollout_id,
@@ -130,11 +135,21 @@ class Call:
             response=captured.response if captured else None,
             response_id=captured.response_id if captured else None,
             usage=captured.usage if captured else None,
-            generations=captured.generations if captured else self._collector.generations(),
+            generations=captured.generations if captured else self._generations(),
             fidelity=self._fidelity(captured.fidelity if captured else None),
             error_class=error_class,
             error=error[:_LONGEST_ERROR] if error else None,
         )
+
+    def _generations(self) -> tuple[Generation, ...]:
+        return self._unless_faulty(self._collector.generations) or ()
+
+    def _unless_faulty(self, capture: Callable[[], T]) -> T | None:
+        try:
+            return capture()
+        except _CAPTURE_FAULTS as error:
+            self._note_fault(error)
+            return None
 
     def _fidelity(self, of_answer: Fidelity | None) -> Fidelity:
         if self.fault is not None or of_answer is None:

@@ -38,7 +38,12 @@ _CPU_ENV = {
     "TORCH_COMPILE_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
 }
-_CPU_ARGS = (("--dtype", "float32"), ("--max-num-seqs", "32"), ("--enforce-eager",))
+_CPU_ARGS = (
+    ("--dtype", "float32"),
+    ("--max-num-seqs", "32"),
+    ("--max-model-len", "auto"),
+    ("--enforce-eager",),
+)
 # The access log would be a line for each of our own /health requests and each call.
 _ALWAYS_ARGS = (
     ("--enable-auto-tool-choice",),
@@ -218,7 +223,7 @@ class EngineProcess:
             while (
                 status != 503
             ):  # vLLM's word for a dead engine core; no answer at all may just be a busy machine
-                await asyncio.sleep(2.0)
+                await asyncio.sleep(1.0)
                 status = await self._health(session)
         return "says that its engine core is dead"
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from lightning_proxy.errors import StoreError
 from lightning_proxy.store import KeyOwner
 
-from .attribution import KEY_PREFIX, Attribution, api_key, from_headers, own_rollout
+from .attribution import KEY_PREFIX, Attribution, api_key, from_headers, own_rollout, role_or_none
 
 log = logging.getLogger(__name__)
 _REMEMBERED = 10_000
@@ -32,7 +32,7 @@ class Attributor:
         found = by_path or from_headers(headers)
         if found is None:
             found = await self._by_key(headers) or own_rollout()
-        role = headers.get("X-Role")
+        role = role_or_none(headers.get("X-Role"))
         return replace(found, role=role) if role and found.role is None else found
 
     async def _by_key(self, headers: Mapping[str, str]) -> Attribution | None:

@@ -72,6 +72,21 @@ def _data_of(raw: bytes) -> bytes | None:
     return b"\n".join(lines) if lines else None
 
 
+def with_data(event: Event, data: bytes) -> bytes:
+    """An event's bytes with other data (one line); its other fields, comments and line ends stay."""
+    raw = event.raw
+    if event.data is not None and len(raw) == len(event.data) + 8 and raw[:6] == b"data: " and raw[-1:] == b"\n":
+        return encode_event(data)
+    made, lines, line_ends = [], _LINE_END.split(raw), _LINE_END.findall(raw)
+    for line, line_end in zip(lines, line_ends, strict=False):
+        if not line.startswith(b"data:"):
+            made.append(line + line_end)
+        elif data:
+            made.append(b"data: " + data + line_end)
+            data = b""
+    return b"".join(made)
+
+
 def encode_event(data: bytes) -> bytes:
     """One event with one data line (``data`` holds no line end)."""
     return b"data: " + data + b"\n\n"

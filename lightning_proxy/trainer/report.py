@@ -53,7 +53,7 @@ class TrainReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"outcome": self.outcome.value}
 
 
 class Stopwatch:

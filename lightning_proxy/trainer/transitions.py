@@ -78,7 +78,11 @@ class LeftOut:
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """For the report: ``{"rollouts": {reason: n}, "calls": {reason: n}}``."""
-        return {"rollouts": dict(sorted(self.rollouts.items())), "calls": dict(sorted(self.calls.items()))}
+        counts = {"rollouts": self.rollouts, "calls": self.calls}
+        return {
+            kind: {str(reason): number for reason, number in sorted(of.items())}
+            for kind, of in counts.items()
+        }
 
 
 def trainable_rollouts(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 import urllib.request
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -64,14 +64,12 @@ def test_the_commands_are_the_documented_ones() -> None:
 
 
 def test_help_is_quick() -> None:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "lightning_proxy.cli", "--help"], check=True, capture_output=True
-        )
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1.0  # 0.25 s on an idle machine; a heavy import costs seconds
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    subprocess.run([sys.executable, "-m", "lightning_proxy.cli", "--help"], check=True, capture_output=True)
+    seconds = (
+        resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    )  # of CPU: others may load the machine
+    assert seconds < 0.4
 
 
 def test_help_loads_no_room() -> None:
@@ -116,7 +114,7 @@ def test_init_does_not_replace_a_file_unless_told_to() -> None:
         (("serve", "--model", "no-such-weights"), "no-such-weights"),
         (("reward", "r-1", "nan"), "a finite number"),
         (("reward", "x", "1", "--kind", "span"), "a whole number"),
-        (("reward", "r-1", "good"), "valid number"),
+        (("reward", "r-1", "good"), "valid"),
         (("rollouts", "--state", "done"), "open"),
         (("spans", "--limit", "0"), "1"),
         (("trian",), "train"),
@@ -183,7 +181,8 @@ def db() -> Path:
     }
     with Store.open(path) as store:
         store.create_rollout(rollout_id="r-1", task_id="task-1")
-        store.add_base_version("policy", "/weights/0")
+        Path("weights").mkdir()
+        store.add_base_version("policy", Path("weights").resolve())
         generation = Generation(
             array("i", [1, 2, 3]), array("i", [4, 5]), array("f", [-0.1, -0.2]), "tool_calls"
         )
@@ -253,7 +252,7 @@ def test_one_span_shows_messages_reply_and_tokens(db: Path) -> None:
 
 
 def test_policies_are_listed(db: Path) -> None:
-    assert "/weights/0" in ok("policies")
+    assert str(Path("weights").resolve()) in ok("policies")
     assert [v["version"] for v in as_json("policies")["versions"]] == [0]
 
 
@@ -290,13 +289,24 @@ def test_a_second_run_says_who_holds_the_lease(db: Path) -> None:
     assert "elsewhere:42" in refused("train", code=1)
 
 
-def test_a_run_without_weights_says_where_they_are_named(db: Path) -> None:
+def test_a_run_without_weights_says_where_they_should_be(db: Path) -> None:
     Path("lightning.toml").write_text("[train]\nmin_rollouts = 1\n")
-    assert "/weights/0" in refused("train", code=1)
+    Path("weights").rmdir()
+    assert f"not at {Path('weights').resolve()}" in refused("train", code=1)
 
 
 def test_watching_goes_with_neither_a_dry_run_nor_a_required_update() -> None:
     assert "--watch goes on" in refused("train", "--watch", "--dry-run")
+
+
+def next_report(stdout: IO[str]) -> Any:
+    """The next of the JSON objects that a watching trainer prints."""
+    text = ""
+    for line in stdout:
+        text += line
+        if line == "}\n":
+            break
+    return json.loads(text)
 
 
 def test_watching_repeats_and_ends_on_a_signal(db: Path) -> None:
@@ -305,12 +315,12 @@ def test_watching_repeats_and_ends_on_a_signal(db: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     with process:
         assert process.stdout is not None
-        assert json.loads(process.stdout.readline())["outcome"] == "nothing"
+        assert next_report(process.stdout)["outcome"] == "nothing"
         with Store.open(db) as store:  # one more rollout is ready: the next pass has something else to say
             span = next(span for span in store.list_spans() if span.generations)
             store.add_span(replace(span, rollout_id="r-3", span_id=None, response_id=None))
             store.add_reward(rollout_id="r-3", value=1.0)
-        assert json.loads(process.stdout.readline())["message"].startswith("2 rewarded rollouts")
+        assert next_report(process.stdout)["message"].startswith("2 rewarded rollouts")
         process.terminate()
         assert process.wait(10) == 128 + 15
 

@@ -94,21 +94,21 @@ def test_processes_that_open_a_new_file_at_once_all_succeed(db: Path) -> None:
         import sys
         from lightning_proxy.store import Store
         import lightning_proxy.store.schema
-        import os
+        import os, time
         print("ready", flush=True)
         while not os.path.exists(sys.argv[2]):
-            pass
+            time.sleep(0.001)
         with Store.open(sys.argv[1]) as store:
             print(store.create_rollout(rollout_id="r1")[1])
     """
     barrier = db.parent / "barrier"
-    processes = [start_script(script, db, barrier) for _ in range(5)]
+    processes = [start_script(script, db, barrier) for _ in range(3)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     barrier.touch()
     made = [output_of(process)[0] for process in processes]
-    assert sorted(made) == ["False"] * 4 + ["True"]
+    assert sorted(made) == ["False"] * 2 + ["True"]
 
 
 def test_importing_the_store_imports_no_sqlite_utils_and_no_torch() -> None:

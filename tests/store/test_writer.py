@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import sqlite3
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
@@ -204,6 +205,17 @@ async def test_closing_while_locked_ends_and_says_what_is_lost(writer: Writer, d
         with pytest.raises(StoreUnavailable, match="locked"):
             await span
     assert writer.dropped == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # that is what is tested
+async def test_a_thread_that_dies_fails_what_waits_instead_of_leaving_it(writer: Writer) -> None:
+    fatal, span = writer.submit(lambda _: sys.exit("on purpose")), writer.submit_span(make_span())
+    for future in (fatal, span):
+        with pytest.raises(StoreUnavailable, match="on purpose"):
+            await future
+    assert not writer.healthy
+    with pytest.raises(StoreError, match="on purpose"):
+        writer.submit_span(make_span())
 
 
 async def test_starting_without_a_database_that_can_be_opened_says_why(db: Path) -> None:

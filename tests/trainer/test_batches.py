@@ -66,7 +66,7 @@ def test_a_rollout_cut_into_several_rows_weighs_as_much_as_in_one() -> None:
     assert weights[True] == pytest.approx(2 * 3 / 6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=60), st.integers(1, 40), st.integers(0, 5))
 def test_mini_batches_hold_every_row_once_and_never_tear_a_rollout_apart(
     owners: list[int], size: int, seed: int
@@ -85,7 +85,7 @@ def test_mini_batches_of_single_rows_differ_by_one_row_at_most() -> None:
     assert sizes == [25, 25, 25, 25]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=50), st.integers(2, 200), st.integers(1, 4))
 def test_micro_batches_hold_every_row_once_within_the_budget_and_equally_many_for_each_rank(
     lengths: list[int], budget: int, ranks: int

@@ -3,6 +3,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,12 +77,7 @@ def grow(tree: Tree) -> list[Transition]:
     return calls
 
 
-@settings(max_examples=4000, deadline=None)
-@given(trees)
-def test_every_generated_token_is_trained_exactly_once_after_the_very_context_it_was_sampled_in(
-    tree: Tree,
-) -> None:
-    calls = grow(tree)
+def check_each_generated_token_is_trained_once(calls: list[Transition]) -> None:
     trained: Counter[int | None] = Counter()
     for row in merge(calls):
         mask = [0] * len(row.token_ids)
@@ -98,7 +94,27 @@ def test_every_generated_token_is_trained_exactly_once_after_the_very_context_it
     assert trained == {call.span_id: 1 for call in calls}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
+@given(trees)
+def test_every_generated_token_is_trained_exactly_once_after_the_very_context_it_was_sampled_in(
+    tree: Tree,
+) -> None:
+    check_each_generated_token_is_trained_once(grow(tree))
+
+
+def test_the_same_holds_for_thousands_of_larger_trees() -> None:
+    random = Random(0)
+
+    def some(least: int, most: int) -> list[int]:
+        return [random.randrange(3) for _ in range(random.randint(least, most))]
+
+    for _ in range(5000):
+        size = random.randint(1, 25)
+        tree = [(random.randrange(size), random.random() < 0.2, some(0, 3), some(1, 3)) for _ in range(size)]
+        check_each_generated_token_is_trained_once(grow(tree))
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(tokens, st.lists(st.integers(0, 2), min_size=1, max_size=3)), min_size=1, max_size=10)
 )

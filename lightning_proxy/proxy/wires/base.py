@@ -72,7 +72,10 @@ class Wire(ABC):
             extra["return_token_ids"] = True
         if strip_logprobs:
             extra["logprobs"] = self.ask_logprobs
-        return Prepared(_with_fields(body, request, extra), strip_ids, strip_logprobs)
+        try:
+            return Prepared(_with_fields(body, request, extra), strip_ids, strip_logprobs)
+        except TypeError:  # nested deeper than orjson writes
+            return Prepared(body)
 
     @abstractmethod
     def wants_logprobs(self, request: Json) -> bool:
@@ -144,7 +147,8 @@ class Collector(ABC):
             self._begin(chunk)
         if chunk.get("usage"):
             self._usage = chunk["usage"]
-        keep = not self._prepared.strips
+        # Who asked for either of the two would have got every chunk without us as well.
+        keep = not (self._prepared.strip_ids and self._prepared.strip_logprobs)
         choices = chunk.get("choices") or ()
         for choice in choices:
             state = self._choice(choice)
@@ -235,7 +239,7 @@ class Collector(ABC):
         if choice.get("logprobs"):
             state.logprobs += self._logprobs_of(choice)
         if choice.get("finish_reason") is not None:
-            state.finish_reason = choice["finish_reason"]
+            state.finish_reason = str(choice["finish_reason"])
 
     def _strip(self, answer: Json) -> None:
         """Set what capture asked for to what vLLM says without being asked: null."""

@@ -1,0 +1,78 @@
+"""The warm parent: what it runs is an ordinary script with its own arguments and environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_proxy.demo.sample import AgentHost, AgentHostDied
+
+SCRIPT = """\
+import os, sys, time
+assert __name__ == "__main__"
+what, *rest = sys.argv[1:]
+if what == "say":
+    print(os.environ["WORD"], *rest, sys.stdin.read())
+elif what == "crash":
+    raise ValueError("oh no")
+elif what == "exit":
+    sys.exit(int(rest[0]))
+elif what == "sleep":
+    time.sleep(60)
+elif what == "change":
+    os.environ["WORD"] = "changed"
+"""
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[AgentHost]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    with (
+        (tmp_path / "log").open("wb") as log,
+        AgentHost(log=log, no_certificates=tmp_path / "none", script=script, concurrency=3, timeout_s=1.0) as it,
+    ):
+        yield it
+
+
+def _job(name: str, *argv: str) -> dict[str, Any]:
+    return {"id": name, "argv": list(argv), "env": {"WORD": name}}
+
+
+def _run(host: AgentHost, *jobs: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    return {ended["id"]: (ended["status"], ended["output"]) for ended in host.run(jobs)}
+
+
+def test_runs_end_as_they_would_on_their_own(host: AgentHost, tmp_path: Path) -> None:
+    assert _run(
+        host,
+        _job("a", "say", "one", "two"),
+        _job("b", "crash"),
+        _job("c", "exit", "7"),
+        _job("d", "sleep"),
+        _job("e", "change"),
+        _job("f", "say"),
+    ) == {
+        "a": (0, "a one two \n"),
+        "b": (1, ""),
+        "c": (7, ""),
+        "d": ("timeout", ""),
+        "e": (0, ""),
+        "f": (0, "f \n"),
+    }
+    assert "ValueError: oh no" in (tmp_path / "log").read_text()
+
+
+def test_more_jobs_than_fit_into_a_pipe_are_all_run(host: AgentHost) -> None:
+    jobs = [_job(str(number), "say", "x" * 2000) for number in range(100)]
+    assert {status for status, _ in _run(host, *jobs).values()} == {0}
+
+
+def test_a_host_that_is_gone_is_an_error_and_no_hang(host: AgentHost) -> None:
+    host.process.kill()
+    host.process.wait()
+    with pytest.raises(AgentHostDied):
+        _run(host, _job("a", "say"))

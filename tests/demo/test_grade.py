@@ -1,0 +1,88 @@
+"""The grader: right rewards, posted once, by a process that needs nothing but the standard library."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_proxy.demo.grade import is_right
+from lightning_proxy.demo.sample import Result, write_results, write_tasks
+from lightning_proxy.demo.tasks import make_tasks
+from tests.conftest import ProxyThread
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ("42", "42", True),
+        ("42.0", "42", True),
+        (" 42 ", "42", True),
+        ("420", "42", False),
+        ("", "42", False),
+        ("unknown", "42", False),
+        (None, "42", False),
+        ("nan", "42", False),
+        ("red", "red", True),
+    ],
+)
+def test_an_answer_is_right_if_it_equals_the_gold_result(answer: str | None, expected: str, right: bool) -> None:
+    assert is_right(answer, expected) is right
+
+
+def _grade(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lightning_proxy.demo.grade", "--url", url]
+    command += ["--tasks", str(folder / "tasks"), "--results", str(folder / "results")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.fixture
+def graded(tmp_path: Path) -> Path:
+    """Two tasks, each answered once: one rightly, one not at all."""
+    one, two = make_tasks(0, "train", 2)
+    write_tasks(tmp_path / "tasks", [one, two], tmp_path)
+    write_results(
+        tmp_path / "results",
+        [Result("r-1", one.task_id, one.answer), Result("r-2", two.task_id, None, "the agent ended with 1")],
+    )
+    return tmp_path
+
+
+def test_every_result_gets_a_reward_and_grading_again_adds_none(proxy: ProxyThread, graded: Path) -> None:
+    with proxy.store() as store:
+        for rollout_id in ("r-1", "r-2"):
+            store.create_rollout(rollout_id=rollout_id)
+        for _ in range(2):
+            done = _grade(proxy.url, graded)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert json.loads(done.stdout) == {"graded": 2, "mean": 0.5}
+        rewards = [store.list_rewards(rollout_id) for rollout_id in ("r-1", "r-2")]
+    assert [[(r.value, r.source) for r in ledger] for ledger in rewards] == [
+        [(1.0, "sqlite-grader")],
+        [(0.0, "sqlite-grader")],
+    ]
+
+
+def test_a_refusal_is_told_and_nothing_is_rewarded(proxy: ProxyThread, graded: Path) -> None:
+    with proxy.store() as store:
+        store.create_rollout(rollout_id="r-1")
+        done = _grade(proxy.url, graded)
+        assert done.returncode == 1
+        assert "404" in done.stderr and "r-2" in done.stderr
+        assert store.list_rewards("r-1") == []
+
+
+def test_a_proxy_that_is_not_there_is_told(graded: Path) -> None:
+    done = _grade("http://127.0.0.1:9", graded)
+    assert done.returncode == 1
+    assert "no answer from http://127.0.0.1:9/reward" in done.stderr
+
+
+def test_the_grader_imports_the_standard_library_alone() -> None:
+    code = "import sys, lightning_proxy.demo.grade; print([m for m in sys.modules if m.partition('.')[0] not in sys.stdlib_module_names])"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout
+    assert not any(name in loaded for name in ("aiohttp", "pydantic", "openai", "torch", "lightning_proxy.store"))

@@ -1,0 +1,172 @@
+"""Passes that end before an update: they need neither torch nor verl."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightning_proxy.config.settings import PolicySettings, Settings, StoreSettings, TrainSettings
+from lightning_proxy.errors import LeaseHeld, TrainingError
+from lightning_proxy.store import PolicyVersion, RunState, Store, VersionStatus
+from lightning_proxy.trainer.report import Outcome, TrainReport
+from lightning_proxy.trainer.run import train_once
+from tests.trainer.fake_proxy import fake_proxy
+from tests.trainer.recording import POLICY, record_group, record_rollout
+
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "store.db") as opened:
+        yield opened
+
+
+def settings(store: Store, *, url: str = NOBODY, model: Path | None = None, **train: object) -> Settings:
+    values = {"proxy_url": url, "runs_dir": store.path.parent / "runs", "min_rollouts": 2} | train
+    return Settings(
+        store=StoreSettings(db=store.path),
+        policy=PolicySettings(name=POLICY, model=model),
+        train=TrainSettings.model_validate(values),
+    )
+
+
+def run(store: Store, *, dry_run: bool = False, **changes: object) -> tuple[TrainReport, list[str]]:
+    lines: list[str] = []
+    report = train_once(
+        settings(store, **changes),  # type: ignore[arg-type]
+        store=store,
+        progress=lines.append,
+        dry_run=dry_run,
+    )
+    json.dumps(report.as_dict(), allow_nan=False)
+    return report, lines
+
+
+def stage(store: Store, path: Path) -> None:
+    """A version that an earlier pass committed and could not promote."""
+    store.add_base_version(POLICY, path)
+    held = store.begin_run(POLICY, owner="test", lease_s=60)
+    store.drain(held.run_id, limit=10)
+    store.commit_run(
+        held.run_id, report={}, version=PolicyVersion(POLICY, 1, str(path), VersionStatus.STAGED, parent=0)
+    )
+
+
+def test_too_few_rewarded_rollouts_are_left_alone_without_a_run(store: Store) -> None:
+    record_group(store, "task", [1.0])
+    report, _ = run(store)
+    assert report.outcome is Outcome.NOTHING
+    assert "1 rewarded rollouts wait, [train] min_rollouts asks for 2" in report.message
+    assert store.list_runs() == []
+
+
+def test_a_dry_run_says_what_would_be_trained_on_and_takes_nothing(store: Store) -> None:
+    record_group(store, "mixed", [0.0, 1.0, 1.0])
+    record_group(store, "equal", [1.0, 1.0])
+    record_group(store, "alone", [1.0])
+    record_rollout(store, "waiting", [([1], [2])], None)
+    report, _ = run(store, dry_run=True)
+    assert report.outcome is Outcome.DRY_RUN
+    assert report.counts["rollouts"] == 3
+    assert report.counts["transitions"] == 6
+    assert report.counts["rows"] == 3
+    assert report.left_out == {"rollouts": {"group_all_equal": 2, "group_too_small": 1}, "calls": {}}
+    assert report.advantages is None
+    assert "1 have no reward yet" in report.message
+    assert store.list_runs() == []
+    assert store.backlog(POLICY).rollouts_ready == 6
+
+
+def test_neither_torch_nor_verl_is_loaded_by_a_dry_run() -> None:
+    import subprocess
+
+    program = (
+        "import sys, lightning_proxy.trainer.run; "
+        "print([name for name in ('torch', 'verl', 'ray', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_groups_without_spread_are_consumed_and_small_ones_given_back(store: Store, tmp_path: Path) -> None:
+    record_group(store, "equal", [1.0, 1.0])
+    record_group(store, "alone", [1.0])
+    report, _ = run(store, model=tmp_path)
+    assert report.outcome is Outcome.NOTHING
+    assert "2 rollouts group all equal" in report.message
+    assert report.counts["given_back"] == 1
+    [committed] = store.list_runs(POLICY)
+    assert committed.state is RunState.COMMITTED
+    assert committed.report["left_out"]["rollouts"] == {"group_all_equal": 2, "group_too_small": 1}
+    assert store.backlog(POLICY).rollouts_ready == 1
+    assert store.staged_version(POLICY) is None
+
+
+def test_a_full_drain_consumes_groups_that_never_grow(store: Store, tmp_path: Path) -> None:
+    for task in "abc":
+        record_group(store, task, [1.0])
+    run(store, model=tmp_path, max_rollouts=2)
+    assert store.backlog(POLICY).rollouts_ready == 1
+
+
+def test_without_weights_to_begin_with_it_says_where_to_give_them(store: Store) -> None:
+    record_group(store, "task", [0.0, 1.0])
+    with pytest.raises(TrainingError, match=r"\[policy\] model .*serve --model"):
+        run(store)
+    assert store.backlog(POLICY).rollouts_ready == 2
+
+
+def test_weights_that_are_not_where_they_should_be_are_an_error(store: Store, tmp_path: Path) -> None:
+    record_group(store, "task", [0.0, 1.0])
+    with pytest.raises(TrainingError, match="are not at"):
+        run(store, model=tmp_path / "nowhere")
+
+
+def test_a_second_run_at_once_is_told_who_holds_the_lease(store: Store, tmp_path: Path) -> None:
+    record_group(store, "task", [0.0, 1.0])
+    held = store.begin_run(POLICY, owner="elsewhere:42", lease_s=60)
+    store.drain(held.run_id, limit=10)
+    with pytest.raises(LeaseHeld, match="elsewhere:42"):
+        run(store, model=tmp_path)
+
+
+def test_a_version_left_staged_by_a_crash_is_promoted_first(store: Store, tmp_path: Path) -> None:
+    stage(store, tmp_path)
+    with fake_proxy(store.path) as proxy:
+        report, lines = run(store, url=proxy.url)
+    assert proxy.asked == [(POLICY, 1)]
+    assert report.outcome is Outcome.NOTHING
+    assert report.resumed_version == 1
+    assert "promoting it first" in lines[0]
+    active = store.active_version(POLICY)
+    assert active is not None
+    assert active.version == 1
+
+
+def test_while_the_proxy_is_away_a_staged_version_waits_and_nothing_else_is_trained(
+    store: Store, tmp_path: Path
+) -> None:
+    record_group(store, "task", [0.0, 1.0])
+    stage(store, tmp_path)
+    record_group(store, "later", [0.0, 1.0])
+    report, _ = run(store)
+    assert report.outcome is Outcome.STAGED_ONLY
+    assert "the next `lightning-proxy train` promotes it" in report.message
+    assert store.backlog(POLICY).rollouts_ready == 2
+    assert store.staged_version(POLICY) is not None
+
+
+def test_a_staged_version_whose_weights_are_gone_is_rejected_and_its_rollouts_given_back(
+    store: Store, tmp_path: Path
+) -> None:
+    record_group(store, "task", [0.0])
+    stage(store, tmp_path / "gone")
+    report, _ = run(store)
+    assert store.get_version(POLICY, 1).status is VersionStatus.REJECTED
+    assert store.backlog(POLICY).rollouts_ready == 1
+    assert report.outcome is Outcome.NOTHING

@@ -1,0 +1,286 @@
+"""What agents get through us, and what we record, on real vLLM."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from lightning_proxy.store import Fidelity, Span
+from tests.conftest import wait_until
+from tests.vllm.conftest import MODEL, WEIGHTS, Served, engine_of, is_ready
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "sql",
+            "description": "Run a query.",
+            "parameters": {
+                "type": "object",
+                "properties": {"query": {"type": "string"}},
+                "required": ["query"],
+            },
+        },
+    }
+]
+MESSAGES = [
+    {"role": "system", "content": "items(price, stock)"},
+    {"role": "user", "content": "What is the highest price?"},
+]
+NAMED = {"type": "function", "function": {"name": "sql"}}
+CHAT: list[dict[str, Any]] = [
+    {},
+    {"tools": TOOLS},
+    {"tools": TOOLS, "stream": True},
+    {"tools": TOOLS, "stream": True, "stream_options": {"include_usage": True}},
+    {"tools": TOOLS, "tool_choice": "required"},
+    {"tools": TOOLS, "tool_choice": NAMED, "stream": True},
+    {"stream": True},
+    {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    {"n": 2, "seed": 1, "temperature": 1.0},
+    {"n": 2, "seed": 1, "temperature": 1.0, "stream": True},
+    {"logprobs": True, "top_logprobs": 2},
+    {"logprobs": True, "stream": True},
+    {"return_token_ids": True},
+    {"return_token_ids": True, "stream": True},
+    {"top_logprobs": 2},
+    {"stop": ["e"]},
+    {"stop": ["e"], "stream": True},
+    {"max_tokens": 99_999},
+    {"messages": []},
+    {"messages": "no list"},
+    {"model": "nobody"},
+    {"unheard_of": {"by": "vLLM"}},
+]
+COMPLETIONS: list[dict[str, Any]] = [
+    {"prompt": "hello"},
+    {"prompt": "hello", "stream": True},
+    {"prompt": "hello", "stream": True, "stream_options": {"include_usage": True}},
+    {"prompt": ["hello", "you"]},
+    {"prompt": ["hello", "you"], "stream": True},
+    {"prompt": [5, 6, 7]},
+    {"prompt": "hello", "logprobs": 2},
+    {"prompt": "hello", "echo": True},
+    {"prompt": "hello", "return_token_ids": True},
+    {"model": "nobody", "prompt": "hello"},
+]
+CALLS = [("/v1/chat/completions", {"messages": MESSAGES, **case}) for case in CHAT]
+CALLS += [("/v1/completions", case) for case in COMPLETIONS]
+
+
+def post(url: str, body: dict[str, Any]) -> tuple[int, dict[str, str], str]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        answer = urllib.request.urlopen(request, timeout=120)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        headers = {k.lower(): v for k, v in answer.headers.items() if k.lower() != "date"}
+        return answer.status, headers, answer.read().decode()
+
+
+def comparable(body: str) -> list[Any]:
+    """An answer as a list of JSON values without what the engine draws at random.
+
+    vLLM interleaves the choices of one stream as its scheduler likes: they are compared choice by
+    choice, each in its own order.
+    """
+    if not body.startswith("data:"):
+        return [without_random(json.loads(body))]
+    events = [event.removeprefix("data: ") for event in body.split("\n\n") if event]
+    parsed = [event if event == "[DONE]" else without_random(json.loads(event)) for event in events]
+    return sorted(parsed, key=lambda e: e["choices"][0]["index"] if "choices" in e and e["choices"] else 1e9)
+
+
+def without_random(value: Any) -> Any:
+    if isinstance(value, dict):
+        # Whether the last chunk of a choice or the last of all carries the fingerprint depends on
+        # the interleaving, too; its value is constant.
+        return {
+            key: "drawn" if key in ("id", "created") else without_random(item) for key, item in value.items()
+        }
+    return [without_random(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(("path", "case"), CALLS, ids=lambda part: json.dumps(part)[:60])
+def test_an_agent_gets_what_vllm_itself_would_have_answered(
+    served: Served, path: str, case: dict[str, Any]
+) -> None:
+    body = {"model": MODEL, "temperature": 0, "max_tokens": 40, **case}
+    direct = post(served.engine_url + path, body)
+    through_us = post(served.url + path, body)
+    assert through_us[0] == direct[0]
+    random_length = body.get("stream") or direct[0] >= 400
+    skip = {"content-length"} if random_length else set()
+    assert {k: v for k, v in through_us[1].items() if k not in skip} == {
+        k: v for k, v in direct[1].items() if k not in skip
+    }
+    assert comparable(through_us[2]) == comparable(direct[2])
+
+
+def spans_of(served: Served, rollout_id: str) -> list[Span]:
+    with served.store() as store:
+        return store.list_spans(rollout_id=rollout_id)[::-1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tools", [False, True])
+def test_a_call_becomes_an_exact_span_with_the_ids_that_vllm_would_render(
+    served: Served, stream: bool, tools: bool
+) -> None:
+    rollout = f"exact-{stream}-{tools}"
+    body: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 40, "seed": 3}
+    body |= {"stream": stream} | ({"tools": TOOLS} if tools else {})
+    post(f"{served.url}/rollout/{rollout}/v1/chat/completions", body)
+    (span,) = spans_of(served, rollout)
+    assert span.fidelity is Fidelity.EXACT
+    (generation,) = span.generations
+    assert span.response is not None
+    tokenized = post(
+        f"{served.engine_url}/tokenize",
+        {"model": MODEL, "messages": MESSAGES} | ({"tools": TOOLS} if tools else {}),
+    )
+    assert generation.prompt_token_ids.tolist() == json.loads(tokenized[2])["tokens"]
+    assert len(generation.logprobs) == len(generation.response_token_ids) > 0
+
+
+def test_recorded_logprobs_are_those_of_the_weights(served: Served) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    body = {"model": MODEL, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 40, "stream": True}
+    for seed in range(4):
+        post(f"{served.url}/rollout/logprobs/v1/chat/completions", {**body, "seed": seed})
+    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32)
+    spans = spans_of(served, "logprobs")
+    assert len(spans) == 4
+    for span in spans:
+        (generation,) = span.generations
+        prompt, response = generation.prompt_token_ids.tolist(), generation.response_token_ids.tolist()
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits.double(), -1)[range(len(response)), response]
+        assert generation.logprobs.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_the_openai_sdk_streams_a_tool_call_through_us(served: Served) -> None:
+    client = OpenAI(base_url=f"{served.url}/v1", api_key="any")
+    with client.chat.completions.stream(
+        model=MODEL, messages=MESSAGES, tools=TOOLS, temperature=0, max_tokens=64
+    ) as stream:
+        direct = OpenAI(base_url=f"{served.engine_url}/v1", api_key="any").chat.completions.create(
+            model=MODEL, messages=MESSAGES, tools=TOOLS, temperature=0, max_tokens=64
+        )
+        final = stream.get_final_completion()
+    message, expected = final.choices[0].message, direct.choices[0].message
+    assert message.content == expected.content or not (message.content or expected.content)
+    calls = [call.function.arguments for call in message.tool_calls or ()]
+    assert calls == [call.function.arguments for call in expected.tool_calls or ()]  # type: ignore[union-attr]
+
+
+def other_weights(directory: Path) -> Path:
+    """The demo's model, with a head that was disturbed: other logprobs, same shapes."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    directory.mkdir()
+    for file in WEIGHTS.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(WEIGHTS / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    name = "model.norm.weight"
+    tensors[name] = tensors[name] * (1 + 0.3 * torch.randn(tensors[name].shape, generator=generator))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def prompt_logprobs(weights: Path, ids: list[int]) -> list[float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+    return [float(logprobs[i, token]) for i, token in enumerate(ids[1:])]
+
+
+def stage(served: Served, path: Path, probe: dict[str, Any]) -> int:
+    """Enter a directory as the next staged version, as a training run does."""
+    from lightning_proxy.store import PolicyVersion, VersionStatus
+
+    with served.store() as store:
+        run = store.begin_run(MODEL, owner="test", lease_s=60)
+        number = store.next_version(MODEL)
+        version = PolicyVersion(MODEL, number, str(path), VersionStatus.STAGED, parent=0, probe=probe)
+        store.commit_run(run.run_id, report={}, version=version)
+    return number
+
+
+def promote(served: Served, version: int) -> tuple[int, Any]:
+    status, _, body = post(f"{served.url}/api/policies/{MODEL}/versions/{version}/promote", {})
+    return status, json.loads(body)
+
+
+def test_weights_change_under_a_running_stream_and_a_wrong_version_is_put_back(
+    served: Served, tmp_path: Path
+) -> None:
+    ids = list(range(5, 40))
+    weights = other_weights(tmp_path / "other")
+    right = {"prompt_token_ids": ids, "logprobs": prompt_logprobs(weights, ids)}
+    wrong = {"prompt_token_ids": ids, "logprobs": prompt_logprobs(WEIGHTS, ids)}
+
+    status, answer = promote(served, stage(served, weights, wrong))
+    assert (status, answer["error"]["code"]) == (409, "version_rejected")
+    probe = {"model": MODEL, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
+    entries = json.loads(post(f"{served.engine_url}/v1/completions", probe)[2])["choices"][0]
+    served_now = [e[str(t)]["logprob"] for t, e in zip(ids[1:], entries["prompt_logprobs"][1:], strict=True)]
+    assert served_now == pytest.approx(wrong["logprobs"], abs=1e-4)
+
+    body = {"model": MODEL, "prompt": "hello", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    streaming = threading.Thread(
+        target=post, args=(f"{served.url}/rollout/in-flight/v1/completions", body), daemon=True
+    )
+    streaming.start()
+    good = stage(served, weights, right)
+    status, answer = promote(served, good)
+    assert status == 200, answer
+    assert answer["verify_max_diff"] < 1e-4
+    post(f"{served.url}/rollout/after/v1/completions", {**body, "max_tokens": 5, "stream": False})
+    streaming.join(300)
+    (flying,) = spans_of(served, "in-flight")
+    assert (flying.error_class, len(flying.generations[0].response_token_ids)) == (None, 1500)
+    assert (flying.policy_version, flying.policy_version_end) == (0, good)
+    (after,) = spans_of(served, "after")
+    assert (after.policy_version, after.policy_version_end) == (good, good)
+
+    status, answer = promote(served, 0)
+    assert (status, answer["status"]) == (200, "active")
+
+
+def test_a_killed_engine_is_started_again_and_calls_wait_for_it(served: Served) -> None:
+    import psutil
+
+    port = served.engine_url.rsplit(":", 1)[1]
+    for child in psutil.Process(served.process.pid).children(recursive=True):
+        if port in child.cmdline():
+            child.kill()
+    wait_until(lambda: not is_ready(served.url), 30)
+    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 5}
+    status, _, text = post_patiently(f"{served.url}/v1/chat/completions", body)
+    assert status == 200, text
+    served.engine_url = engine_of(served.process)
+
+
+def post_patiently(url: str, body: dict[str, Any]) -> tuple[int, dict[str, str], str]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=290) as answer:
+        return answer.status, dict(answer.headers), answer.read().decode()
