@@ -10,7 +10,8 @@ VENV=.venv
 
 main() {
   local python wanted started=$SECONDS
-  python=$(find_python)
+  python=$VENV/bin/python
+  [ -x "$python" ] || python=$(find_python)
   wanted=$(fingerprint "$python")
   [ -f $VENV/setup.stamp ] && [ "$(cat $VENV/setup.stamp)" = "$wanted" ] && return 0
 

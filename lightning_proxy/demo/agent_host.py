@@ -110,7 +110,7 @@ class Host:
             status = 0
         except SystemExit as leaving:
             status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-        except BaseException:  # the script's own crash: report it as Python would, whatever it is
+        except BaseException:  # noqa: BLE001  the script's own crash, told as Python would
             traceback.print_exc()
         finally:
             sys.stdout.flush()

@@ -99,8 +99,8 @@ class DemoResult:
     """How the demo went. ``initial`` and ``final`` are held-out success rates."""
 
     seed: int
-    initial: float
-    final: float
+    initial: float = 0.0
+    final: float = 0.0
     iterations: list[Iteration] = field(default_factory=list)
     start_s: float = 0.0  # until vLLM answered
     seconds: float = 0.0
@@ -143,38 +143,40 @@ def run_demo(
     """
     began = time.monotonic()
     workdir = prepare(workdir)
-    port = free_port()
-    write_config(workdir, port=port, seed=seed)
-    with ended_by_signals(), Children() as children:
-        say(
-            f"starting vLLM behind the proxy at http://127.0.0.1:{port} (about a minute); logs are in {workdir}"
-        )
-        proxy = ProxyApi(f"http://127.0.0.1:{port}")
-        model = str(workdir / "model")
-        children.start("serve", [*_command("serve", workdir), "--model", model], workdir / "serve.log")
-        wait_until_ready(proxy, children, workdir / "serve.log")
-        start_s = time.monotonic() - began
-        children.start("train", [*_command("train", workdir), "--watch", "--json"], workdir / "train.log")
-        with (
-            (workdir / "agents.log").open("wb") as log,
-            AgentHost(log=log, no_certificates=workdir / "none") as host,
-        ):
-            turn = Turn(workdir, proxy, host, children, seed)
-            initial, eval_s = turn.evaluate()
-            say(
-                f"vLLM is up after {start_s:.0f} s. Held-out success before training: {initial:.3f} ({eval_s:.0f} s)"
-            )
-            result = DemoResult(seed, initial, initial, start_s=start_s)
-            for number in range(iterations):
-                turn.take(number, result)
-                result.seconds = time.monotonic() - began
-                say(describe(number, result))
-                if result.final >= STOP_AT:
-                    break
-            turn.measure_last(result)
+    with ended_by_signals(), running(workdir, seed, say) as turn:
+        result = DemoResult(seed, start_s=time.monotonic() - began)
+        say(f"vLLM is up after {result.start_s:.0f} s")
+        result.initial = result.final = turn.evaluate()[0]
+        say(f"held-out success before training: {result.initial:.3f}")
+        for number in range(iterations):
+            turn.take(number, result)
+            result.seconds = time.monotonic() - began
+            say(describe(number, result))
+            if result.final >= STOP_AT:
+                break
+        turn.measure_last(result)
     result.seconds = time.monotonic() - began
     save_curve(workdir, result)
     return result
+
+
+@contextmanager
+def running(workdir: Path, seed: int, say: Say) -> Iterator[Turn]:
+    """Proxy, vLLM, trainer and the agents' host, all of them ended afterwards."""
+    port = free_port()
+    write_config(workdir, port=port, seed=seed)
+    with (
+        Children() as children,
+        ProxyApi(f"http://127.0.0.1:{port}") as proxy,
+        (workdir / "agents.log").open("wb") as log,
+        AgentHost(log=log, no_certificates=workdir / "no-certificates") as host,
+    ):
+        say(f"starting vLLM behind the proxy at {proxy.url} (about a minute); logs are in {workdir}")
+        model = str(workdir / "model")
+        children.start("serve", [*_command("serve", workdir), "--model", model], workdir / "serve.log")
+        wait_until_ready(proxy, children, workdir / "serve.log")
+        children.start("train", [*_command("train", workdir), "--watch", "--json"], workdir / "train.log")
+        yield Turn(workdir, proxy, host, children, seed)
 
 
 class Turn:

@@ -132,6 +132,13 @@ def build_tokenizer(texts: Sequence[str]) -> Any:
     )
 
 
+def training_tokenizer() -> Any:
+    """The tokenizer of the shipped model, from the demonstrator's own words."""
+    rng = random.Random(SEED)
+    plain = [demonstrate(make_task(TASK_SEED, "train", number), rng) for number in range(2000)]
+    return build_tokenizer([_spell(messages) for messages in plain])
+
+
 def build_model(tokenizer: Any) -> Any:
     """A fresh Qwen3ForCausalLM of 0.9 million parameters."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -143,10 +150,11 @@ def build_model(tokenizer: Any) -> Any:
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=4,
+        num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
+        # vLLM on CPU packs the output head at start, and after a reload packs a tied one never again.
+        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=eos,
         pad_token_id=tokenizer.pad_token_id,
@@ -227,14 +235,14 @@ def build(out: Path, *, steps: int = STEPS, log: Callable[[str], None] = print) 
 
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    rng = random.Random(SEED)
-    plain = [demonstrate(make_task(TASK_SEED, "train", number), rng) for number in range(2000)]
-    tokenizer = build_tokenizer([_spell(messages) for messages in plain])
+    tokenizer = training_tokenizer()
     model = build_model(tokenizer)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     warm_start(model, tokenizer, steps=steps, log=log)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    for file in out.iterdir():
+        file.chmod(0o644)
 
 
 def _spell(messages: Sequence[dict[str, Any]]) -> str:

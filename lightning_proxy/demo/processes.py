@@ -65,6 +65,10 @@ class Children:
             if status is not None:
                 raise DemoFailed(f"`lightning-proxy {child.name}` ended with status {status}", child.log)
 
+    def pids(self) -> list[int]:
+        """Their process ids, in the order of their start."""
+        return [child.process.pid for child in self._children]
+
     def __enter__(self) -> Self:
         return self
 
@@ -110,6 +114,8 @@ def run_to_end(command: Sequence[str], log: Path, *, timeout_s: float = 120.0) -
             raise DemoFailed(f"{' '.join(command)} took more than {timeout_s:.0f} s", log) from None
         finally:
             end_group(process)
+            if process.stdout is not None:
+                process.stdout.close()
     if process.returncode != 0:
         raise DemoFailed(f"{' '.join(command)} ended with status {process.returncode}", log)
     return output

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 from urllib.parse import urlsplit
 
+from lightning_proxy.demo.processes import end_group
 from lightning_proxy.demo.tasks import Task, write_database
 from lightning_proxy.errors import EngineRefused, EngineUnreachable, LightningError
 
@@ -64,17 +65,33 @@ class ProxyApi:
             )
         return json.loads(text)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
 
 class AgentHost:
-    """A warm process that runs the agent script, see ``agent_host``."""
+    """A warm process that runs the agent script, see ``agent_host``.
+
+    ``log`` gets what runs print to stderr; ``no_certificates`` is made, and stays empty.
+    """
 
     def __init__(
-        self, *, log: IO[Any], no_certificates: Path, script: Path = HERE / "agent.py",
-        concurrency: int = CONCURRENCY, timeout_s: float = TIMEOUT_S,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        log: IO[Any],
+        no_certificates: Path,
+        script: Path = HERE / "agent.py",
+        concurrency: int = CONCURRENCY,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
         self._concurrency = concurrency
         no_certificates.mkdir(parents=True, exist_ok=True)
-        # The proxy is spoken to without TLS: reading the certificate bundle would be a third of an agent's time.
+        # The proxy is spoken to without TLS; reading the bundle of certificates would be a third of a run.
         self._env = {
             "SSL_CERT_FILE": "",
             "SSL_CERT_DIR": str(no_certificates),
@@ -100,7 +117,8 @@ class AgentHost:
     def run(self, jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """Answers to the jobs as they end, see ``agent_host``; AgentHostDied if it does not go on."""
         stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        assert stdin is not None
+        assert stdout is not None
         sent = done = 0
         while done < len(jobs):
             try:
@@ -122,15 +140,13 @@ class AgentHost:
 
     def close(self) -> None:
         """End it and what it runs."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, 9)
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        end_group(self._process)
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                if pipe is not None:
+                    pipe.close()
+            except BrokenPipeError:
+                pass  # what it had not read yet
 
     def __enter__(self) -> Self:
         return self

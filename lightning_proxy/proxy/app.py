@@ -102,7 +102,8 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
         base_url=lambda: parts.base_url,
     )
     app.add_routes(control.routes())
-    app.router.add_route("*", "/api/{unknown:.*}", _no_such_route)
+    for path in ("/reward", "/api/{unknown:.*}"):  # with a method that our own routes do not have
+        app.router.add_route("*", path, _no_such_route)
     app.router.add_route("*", "/{anything:.*}", parts.forwarder.handle)
     app.cleanup_ctx.append(_life(parts, engine_process))
     return app

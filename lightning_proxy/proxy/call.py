@@ -75,8 +75,8 @@ class Call:
             return body
         try:
             answer = orjson.loads(body)
-            stripped = self._collector.whole(answer)
-            return orjson.dumps(stripped) if self.prepared.strips else body
+            self._collector.whole(answer)
+            return self._collector.whole_bytes() if self._collector.changed else body
         except _CAPTURE_FAULTS as error:
             self._note_fault(error)
             self._error_body = body
@@ -92,7 +92,7 @@ class Call:
             chunk = orjson.loads(event.data)
             if not self._collector.event(chunk):
                 return b""
-            return with_data(event, orjson.dumps(chunk)) if self.prepared.strips else event.raw
+            return with_data(event, orjson.dumps(chunk)) if self._collector.changed else event.raw
         except _CAPTURE_FAULTS as error:
             self._note_fault(error)
             return event.raw

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -16,7 +17,12 @@ import aiohttp
 from lightning_proxy.errors import EngineRefused, EngineUnreachable
 
 _QUICK = aiohttp.ClientTimeout(total=5)
+_PASSING = frozenset((401, 403, 408, 429))
 _RELOAD = aiohttp.ClientTimeout(total=600)
+
+
+class _NotNow(EngineRefused):
+    """A refusal that another moment, or another key, may take away."""
 
 
 class Engine:
@@ -28,18 +34,22 @@ class Engine:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._is_vllm: bool | None = None
 
-    async def is_vllm(self) -> bool | None:
-        """Whether the engine gives token ids; ``None`` while it does not answer. Asked once."""
+    async def is_vllm(self, headers: Mapping[str, str] = MappingProxyType({})) -> bool | None:
+        """Whether the engine gives token ids; ``None`` while it does not say. Asked until it does.
+
+        ``headers``: the agent's, for an engine that answers to its key only.
+        """
         if self._is_vllm is None:
+            key = {name: headers[name] for name in ("Authorization", "x-api-key") if name in headers}
             try:
-                answer = await self._call("GET", f"{self._base}/models", timeout=_QUICK)
-            except EngineUnreachable:
+                answer = await self._call("GET", f"{self._base}/models", timeout=_QUICK, headers=key)
+            except (EngineUnreachable, _NotNow):
                 return None
             except EngineRefused:
                 answer = {}
             models = answer.get("data") if isinstance(answer, dict) else None
-            self._is_vllm = any(
-                isinstance(model, dict) and model.get("owned_by") == "vllm" for model in models or ()
+            self._is_vllm = isinstance(models, list) and any(
+                isinstance(model, dict) and model.get("owned_by") == "vllm" for model in models
             )
         return self._is_vllm
 
@@ -89,22 +99,31 @@ class Engine:
             ) from error
 
     async def _call(
-        self, method: str, url: str, *, timeout: aiohttp.ClientTimeout, json: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        url: str,
+        *,
+        timeout: aiohttp.ClientTimeout,
+        json: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> Any:
         """One request on a connection of its own: a pooled one may have died in a pause."""
         try:
             async with (
                 aiohttp.ClientSession(headers=self._headers, timeout=timeout) as session,
-                session.request(method, url, json=json) as response,
+                session.request(method, url, json=json, headers=headers) as response,
             ):
                 text = await response.text()
                 if response.status >= 400:
-                    raise EngineRefused(_refusal(method, url, response.status, text))
+                    kind = _NotNow if response.status in _PASSING or response.status >= 500 else EngineRefused
+                    raise kind(_refusal(method, url, response.status, text))
                 if "json" not in response.content_type or not text:
                     return None
                 return await response.json()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineUnreachable(f"{method} {url}: {error!r}") from error
+        except ValueError as error:  # neither text nor JSON, whatever it says it is
+            raise EngineRefused(f"{method} {url} cannot be read: {error!r}") from error
 
 
 def _refusal(method: str, url: str, status: int, text: str) -> str:

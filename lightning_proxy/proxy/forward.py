@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import aiohttp
 import orjson
-from aiohttp import hdrs, web
+from aiohttp import StreamReader, hdrs, web
+
+from lightning_proxy.store import Span
 
 from .attribution import SplitPath, split_path
 from .call import Call, parse_request
@@ -27,6 +29,7 @@ from .upstream import Upstream, response_headers
 from .wires import Wire, wire_for
 
 log = logging.getLogger(__name__)
+_SMALL_BODY = 2**20  # bytes
 
 
 class UpstreamCut(Exception):
@@ -61,6 +64,17 @@ class Forwarder:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Forward one request."""
+        try:
+            return await self._forward(request)
+        except ConnectionError as gone:
+            # Where the engine broke off, the agent's connection is cut as ours was: a clean end
+            # would pass a piece for the whole. Where the agent left, nobody is there to be told.
+            log.info("a call broke off: %s", gone)
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response()
+
+    async def _forward(self, request: web.Request) -> web.StreamResponse:
         if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
             return problem(426, "upgrade_required", "no WebSocket here: use HTTP with server-sent events")
         split = split_path(request.raw_path)
@@ -78,11 +92,12 @@ class Forwarder:
 
     async def _untouched(self, request: web.Request, split: SplitPath) -> web.StreamResponse:
         headers = self._upstream.request_headers(request.headers, captured=False)
-        body = request.content if request.body_exists else None
+        body = await _body_of(request)
         try:
             answer = await self._upstream.open(request.method, split.path, headers, body)
         except (aiohttp.ClientError, TimeoutError) as error:
-            return self._unreachable("other", error)
+            self._metrics.calls.labels("other", "5xx").inc()
+            return self._unreachable(error)
         async with answer:
             self._metrics.calls.labels("other", _status_class(answer.status)).inc()
             response = web.StreamResponse(
@@ -95,38 +110,41 @@ class Forwarder:
                 async for chunk in _chunks(answer):
                     await response.write(chunk)
             except UpstreamCut as cut:
-                raise _abort(request, cut) from cut
+                raise ConnectionResetError(f"the upstream was cut: {cut}") from cut
             await response.write_eof()
             return response
 
     # -- calls that we capture ---------------------------------------------------------------
 
     async def _captured(self, request: web.Request, split: SplitPath, wire: Wire) -> web.StreamResponse:
-        call = await self._begin(request, split, wire)
         headers = self._upstream.request_headers(request.headers, captured=True)
+        call = await self._begin(request, split, wire, headers)
         try:
             try:
                 answer = await self._upstream.open(request.method, split.path, headers, call.prepared.body)
             except (aiohttp.ClientError, TimeoutError) as error:
                 call.status = 502
                 await self._commit(call, "upstream_unreachable", str(error))
-                return self._unreachable(wire.name, error)
+                return self._unreachable(error)
             async with answer:
                 return await self._relay(request, answer, call)
         except UpstreamCut as cut:
-            self._submit(call, "cut_stream", str(cut))
-            raise _abort(request, cut) from cut
+            if not call.ended:
+                self._submit(call, "cut_stream", str(cut))
+            raise ConnectionResetError(f"the upstream was cut: {cut}") from cut
         except BaseException as gone:  # also the cancellation that a vanished agent causes
             if not call.ended:
                 error_class = "client_disconnect" if _agent_left(gone) else "proxy_fault"
                 self._submit(call, error_class, repr(gone))
             raise
 
-    async def _begin(self, request: web.Request, split: SplitPath, wire: Wire) -> Call:
+    async def _begin(
+        self, request: web.Request, split: SplitPath, wire: Wire, headers: Mapping[str, str]
+    ) -> Call:
         body = await request.read()
         encoded = hdrs.CONTENT_ENCODING in request.headers
         parsed = {} if encoded else parse_request(body)
-        prepared = wire.prepare(body, parsed, tokens=bool(parsed) and await self._asks_for_tokens())
+        prepared = wire.prepare(body, parsed, tokens=bool(parsed) and await self._asks_for_tokens(headers))
         policy, version = self._switch.policy_of(parsed.get("model"))
         return Call(
             wire=wire,
@@ -138,9 +156,9 @@ class Forwarder:
             policy_version=version,
         )
 
-    async def _asks_for_tokens(self) -> bool:
+    async def _asks_for_tokens(self, headers: Mapping[str, str]) -> bool:
         if self._capture == "auto":
-            return bool(await self._engine.is_vllm())
+            return bool(await self._engine.is_vllm(headers))
         return self._capture == "tokens"
 
     async def _relay(
@@ -177,25 +195,25 @@ class Forwarder:
         span = call.span(
             policy_version_end=self._switch.version_of(call.policy), error_class=error_class, error=error
         )
-        self._count(call, span.error_class)
+        self._count(call, span)
         await self._recorder.commit(span)
 
     def _submit(self, call: Call, error_class: str, error: str) -> None:
         span = call.span(
             policy_version_end=self._switch.version_of(call.policy), error_class=error_class, error=error
         )
-        self._count(call, span.error_class)
+        self._count(call, span)
         self._recorder.submit(span)
 
-    def _count(self, call: Call, error_class: str | None) -> None:
+    def _count(self, call: Call, span: Span) -> None:
         self._metrics.calls.labels(call.wire.name, _status_class(call.status)).inc()
-        if error_class is not None:
-            self._metrics.upstream_errors.labels(error_class).inc()
+        self._metrics.call_seconds.observe(span.ended_at - span.started_at)
+        if span.error_class is not None:
+            self._metrics.upstream_errors.labels(span.error_class).inc()
         if call.fault is not None:
             self._metrics.capture_faults.labels("unreadable_answer").inc()
 
-    def _unreachable(self, wire: str, error: Exception) -> web.Response:
-        self._metrics.calls.labels(wire, "5xx").inc()
+    def _unreachable(self, error: Exception) -> web.Response:
         log.warning("upstream %s is not reachable: %r", self._upstream.base, error)
         return problem(
             502, "upstream_unreachable", f"the model endpoint {self._upstream.base} did not answer: {error}"
@@ -211,11 +229,12 @@ async def _chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         raise UpstreamCut(repr(error)) from error
 
 
-def _abort(request: web.Request, cut: UpstreamCut) -> ConnectionResetError:
-    """Cut the agent's connection as ours was cut: a clean end would pass a piece for the whole."""
-    if request.transport is not None:
-        request.transport.abort()
-    return ConnectionResetError(f"upstream was cut: {cut}")
+async def _body_of(request: web.Request) -> bytes | StreamReader | None:
+    """The body as it comes; a small one whole, for only that can be sent again on a fresh connection."""
+    if not request.body_exists:
+        return None
+    length = request.content_length
+    return await request.read() if length is not None and length <= _SMALL_BODY else request.content
 
 
 def _agent_left(error: BaseException) -> bool:

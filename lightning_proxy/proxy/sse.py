@@ -75,7 +75,8 @@ def _data_of(raw: bytes) -> bytes | None:
 def with_data(event: Event, data: bytes) -> bytes:
     """An event's bytes with other data (one line); its other fields, comments and line ends stay."""
     raw = event.raw
-    if event.data is not None and len(raw) == len(event.data) + 8 and raw[:6] == b"data: " and raw[-1:] == b"\n":
+    only_data = event.data is not None and len(raw) == len(event.data) + 8 and raw.startswith(b"data: ")
+    if only_data and raw.endswith(b"\n\n"):
         return encode_event(data)
     made, lines, line_ends = [], _LINE_END.split(raw), _LINE_END.findall(raw)
     for line, line_end in zip(lines, line_ends, strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ _AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 # uvicorn, vLLM's server, closes idle connections after 5 s, and at once after a pause: a pooled
 # connection is dropped well before that.
 _IDLE_S = 2.0
+_LARGE_BODY = 2**20  # bytes; aiohttp warns of larger ones in one piece
 
 
 class Upstream:
@@ -68,15 +70,22 @@ class Upstream:
         A connection that the engine closed while it lay in the pool fails before a byte comes
         back: that one case is tried again, once. Raises aiohttp.ClientError.
         """
-        assert self._session is not None, "start() comes first"
         url = self.url(path_and_query)
         try:
-            return await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
+            return await self._request(method, url, headers, body)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             repeatable = body is None or isinstance(body, bytes)
             if not repeatable or isinstance(error, aiohttp.ClientConnectorError):
                 raise
-            return await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
+            return await self._request(method, url, headers, body)
+
+    async def _request(
+        self, method: str, url: URL, headers: Mapping[str, str], body: Any
+    ) -> aiohttp.ClientResponse:
+        assert self._session is not None, "start() comes first"
+        if isinstance(body, bytes) and len(body) > _LARGE_BODY:
+            body = io.BytesIO(body)  # sent in pieces, so that other calls get their turn
+        return await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
 
     def request_headers(self, headers: CIMultiDictProxy[str], *, captured: bool) -> CIMultiDict[str]:
         """What of an agent's headers goes to the upstream."""

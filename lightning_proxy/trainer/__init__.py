@@ -1,6 +1,8 @@
 """The trainer: from recorded rollouts to a published policy version, in one pass made for cron.
 
-Read ``run.train_once`` first: its body is the summary. Then along the way the data goes:
+Read ``run.train_once`` first: its body is the summary; ``steps`` are its steps, ``lease`` what keeps
+a run alive and gives back on failure, ``warm`` the update engine between passes. Then along the way
+the data goes:
 
 ``transitions``   a recorded rollout -> one transition per generation; what is left out, counted
 ``groups``        which rollouts are compared with one another (GRPO's group)
@@ -10,6 +12,7 @@ Read ``run.train_once`` first: its body is the summary. Then along the way the d
 ``batches``       rows as packed arrays; weights; mini-batches and micro-batches
 ``backend/``      the update itself: the only place that imports verl, torch and ray
 ``guard``         refuses an update that must not be published
+``checkpoint``    what lies on disk, and whether an engine may be pointed at it
 ``publish``       writes, validates and promotes a version; clears away old ones
 ``report``        what a pass did, as a record
 

@@ -178,6 +178,10 @@ class Pass:
         found = {"max": float(difference.max()), "mean": float(difference.mean()), "tokens": len(difference)}
         self._update(logprob_difference=found)
         self.progress(f"engine's and trainer's logprobs differ by at most {found['max']:.2g}")
+        if found["mean"] > self.settings.train.verify_tolerance:
+            self.progress(
+                f"  that is too much for the same weights: does the engine serve version {parent.version}?"
+            )
 
     def update(self, backend: Backend, rows: Rows, parent: PolicyVersion) -> None:
         """All epochs over all mini-batches; ``CheckpointInvalid`` where a step was not finite."""
@@ -303,7 +307,7 @@ class Pass:
 
     def _left_out_in_words(self) -> str:
         parts = [
-            f"{number} {kind} {reason.replace('_', ' ')}"
+            f"{number} {kind} ({reason.replace('_', ' ')})"
             for kind, reasons in self._report.left_out.items()
             for reason, number in reasons.items()
         ]

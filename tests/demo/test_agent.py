@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from lightning_proxy.demo import agent
-from lightning_proxy.demo.sample import AgentHost, ProxyApi, sample
-from lightning_proxy.demo.tasks import Task, make_task, make_tasks, write_database
+from lightning_proxy.demo.sample import AgentHost, ProxyApi, Result, sample
+from lightning_proxy.demo.tasks import make_task, make_tasks, write_database
 from tests.conftest import ProxyThread
 from tests.engine import EngineThread, Script
 
@@ -30,15 +30,29 @@ def host(tmp_path: Path) -> Iterator[AgentHost]:
         yield started
 
 
-def _ask(base_url: str, task: Task, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(AGENT), task.question, str(write_database(task, folder)), "--temperature", "0"],
-        env={**os.environ, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "any"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+@pytest.fixture
+def api(proxy: ProxyThread) -> Iterator[ProxyApi]:
+    with ProxyApi(proxy.url) as connection:
+        yield connection
+
+
+def _ignore(done: int, total: int) -> None:
+    pass
+
+
+def _run(api: ProxyApi, host: AgentHost, folder: Path) -> Result:
+    """One rollout of the first task."""
+    (result,) = sample(
+        [make_task(0, "train", 0)],
+        proxy=api,
+        host=host,
+        databases=folder,
+        runs_per_task=1,
+        temperature=0.0,
+        metadata={},
+        progress=_ignore,
     )
+    return result
 
 
 def _call(query: str) -> tuple[str, str]:
@@ -57,56 +71,73 @@ def test_the_agent_imports_the_sdk_and_the_standard_library_alone() -> None:
     assert "lightning" not in AGENT.read_text(encoding="utf-8").replace("nothing of lightning-proxy", "")
 
 
-def test_the_agent_queries_the_database_and_answers(
+def test_run_by_hand_the_agent_queries_the_database_and_answers(
     proxy: ProxyThread, engine: EngineThread, tmp_path: Path
 ) -> None:
     task = make_task(0, "train", 0)
     engine.script(Script(tool_calls=(_call(task.query),)))
     engine.script(Script(text=task.answer))
-    done = _ask(f"{proxy.url}/rollout/r-1/v1", task, tmp_path)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(AGENT),
+            task.question,
+            str(write_database(task, tmp_path)),
+            "--temperature",
+            "0",
+        ],
+        env={**os.environ, "OPENAI_BASE_URL": f"{proxy.url}/rollout/r-1/v1", "OPENAI_API_KEY": "any"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {"answer": task.answer}
     with proxy.store() as store:
         last, first = store.list_spans(rollout_id="r-1")
-    assert first.streamed and last.streamed
+    assert [first.streamed, last.streamed] == [True, True]
     messages = json.loads(last.request)["messages"]
     assert messages[-1]["content"] == task.answer  # the tool's result: the query was executed
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [('{"query": "SELE', "no call"), ("[]", "no call"), ('{"query": 7}', "no call"), ("{}", "no call")],
-)
+@pytest.mark.parametrize("arguments", ['{"query": "SELE', "[]", '{"query": 7}', "{}"])
 def test_a_broken_tool_call_ends_with_what_was_said(
-    proxy: ProxyThread, engine: EngineThread, tmp_path: Path, arguments: str, said: str
+    api: ProxyApi, engine: EngineThread, host: AgentHost, tmp_path: Path, arguments: str
 ) -> None:
-    engine.script(Script(text=said, tool_calls=(("sql", arguments),)))
-    done = _ask(proxy.base_url, make_task(0, "train", 0), tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert isinstance(json.loads(done.stdout)["answer"], str)
+    engine.script(Script(tool_calls=(("sql", arguments),)))
+    result = _run(api, host, tmp_path)
+    assert (result.answer, result.error) == ("", None)
+    assert len(engine.calls) == 1
+
+
+def test_a_model_that_never_answers_is_asked_three_times(
+    api: ProxyApi, engine: EngineThread, host: AgentHost, tmp_path: Path
+) -> None:
+    engine.script(Script(tool_calls=(_call("SELECT 1"),)), times=9)
+    assert _run(api, host, tmp_path).answer == ""
+    assert len(engine.calls) == 3
 
 
 def test_a_query_that_fails_is_shown_to_the_model(
-    proxy: ProxyThread, engine: EngineThread, tmp_path: Path
+    api: ProxyApi, engine: EngineThread, host: AgentHost, tmp_path: Path
 ) -> None:
-    engine.script(Script(tool_calls=(_call("SELECT nothing FROM nowhere"),)))
+    engine.script(Script(tool_calls=(_call("SELECT 1 FROM nowhere"),)))
     engine.script(Script(text="unknown"))
-    done = _ask(f"{proxy.url}/rollout/r-2/v1", make_task(0, "train", 0), tmp_path)
-    assert json.loads(done.stdout) == {"answer": "unknown"}
-    with proxy.store() as store:
-        last = store.list_spans(rollout_id="r-2")[0]
-    assert json.loads(last.request)["messages"][-1]["content"] == "error: no such table: nowhere"
+    assert _run(api, host, tmp_path).answer == "unknown"
+    asked = json.loads(engine.calls[-1].body)["messages"]
+    assert asked[-1]["content"] == "error: no such table: nowhere"
 
 
 def test_every_run_is_a_process_of_its_own_under_its_rollout(
-    proxy: ProxyThread, engine: EngineThread, host: AgentHost, tmp_path: Path
+    api: ProxyApi, proxy: ProxyThread, engine: EngineThread, host: AgentHost, tmp_path: Path
 ) -> None:
     engine.script(Script(text="7"), times=6)
     tasks = make_tasks(0, "train", 2)
     seen: list[tuple[int, int]] = []
     results = sample(
         tasks,
-        proxy=ProxyApi(proxy.url),
+        proxy=api,
         host=host,
         databases=tmp_path,
         runs_per_task=3,
@@ -124,19 +155,10 @@ def test_every_run_is_a_process_of_its_own_under_its_rollout(
 
 
 def test_an_agent_that_crashes_is_recorded_as_failed(
-    proxy: ProxyThread, engine: EngineThread, host: AgentHost, tmp_path: Path
+    api: ProxyApi, proxy: ProxyThread, engine: EngineThread, host: AgentHost, tmp_path: Path
 ) -> None:
     engine.script(Script(status=400), times=10)
-    (result,) = sample(
-        [make_task(0, "train", 0)],
-        proxy=ProxyApi(proxy.url),
-        host=host,
-        databases=tmp_path,
-        runs_per_task=1,
-        temperature=1.0,
-        metadata={},
-        progress=lambda done, total: None,
-    )
+    result = _run(api, host, tmp_path)
     assert (result.answer, result.error) == (None, "the agent ended with 1")
     with proxy.store() as store:
         rollout = store.get_rollout(result.rollout_id)

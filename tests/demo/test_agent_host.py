@@ -33,7 +33,9 @@ def host(tmp_path: Path) -> Iterator[AgentHost]:
     script.write_text(SCRIPT)
     with (
         (tmp_path / "log").open("wb") as log,
-        AgentHost(log=log, no_certificates=tmp_path / "none", script=script, concurrency=3, timeout_s=1.0) as it,
+        AgentHost(
+            log=log, no_certificates=tmp_path / "none", script=script, concurrency=3, timeout_s=3.0
+        ) as it,
     ):
         yield it
 

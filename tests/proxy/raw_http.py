@@ -121,6 +121,11 @@ class Call:
             got += piece
         return got
 
+    def drain(self, into: bytearray) -> None:
+        """Read to the end, keeping what came even where the end is not clean."""
+        while piece := self.response.read1(65536):
+            into += piece
+
     def rest(self) -> bytes:
         """Read to the end. Raises as http.client does where the end is not clean."""
         return self.response.read()
@@ -180,16 +185,15 @@ def metric(proxy_url: str, name: str) -> float:
     return float(found.group(1)) if found else 0.0
 
 
-
-
 class RawUpstream:
     """An upstream whose every byte a test writes: ``answer(connection, head, body)`` per request.
 
     ``/v1/models`` is answered as vLLM would. The connection stays open as long as ``answer`` returns True.
     """
 
-    def __init__(self, answer: Callable[[socket.socket, bytes, bytes], bool]) -> None:
+    def __init__(self, answer: Callable[[socket.socket, bytes, bytes], bool], *, models: bool = True) -> None:
         self._answer = answer
+        self._models = models
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.base_url = f"{self.url}/v1"
@@ -221,7 +225,7 @@ class RawUpstream:
                 while len(body) < (int(length.group(1)) if length else 0):
                     body += connection.recv(65536)
                 data = b""
-                if b" /v1/models " in head.split(b"\r\n")[0]:
+                if self._models and b" /v1/models " in head.split(b"\r\n")[0]:
                     connection.sendall(http_answer(VLLM_MODELS, "Content-Type: application/json"))
                 elif not self._answer(connection, head, body):
                     return
@@ -245,16 +249,20 @@ def http_answer(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
 
 def http_chunks(*pieces: bytes, end: bool = True) -> bytes:
     """Pieces as HTTP chunks; with ``end`` the last, empty one too."""
-    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + (b"0\r\n\r\n" if end else b"")
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + (
+        b"0\r\n\r\n" if end else b""
+    )
 
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @contextlib.contextmanager
-def raw_upstream(answer: Callable[[socket.socket, bytes, bytes], bool]) -> Iterator[RawUpstream]:
-    """A :class:`RawUpstream` for the length of a block."""
-    upstream = RawUpstream(answer)
+def raw_upstream(
+    answer: Callable[[socket.socket, bytes, bytes], bool], *, models: bool = True
+) -> Iterator[RawUpstream]:
+    """A :class:`RawUpstream` for the length of a block; without ``models`` it answers ``/v1/models`` too."""
+    upstream = RawUpstream(answer, models=models)
     try:
         yield upstream
     finally:

@@ -45,7 +45,9 @@ def test_a_path_names_rollout_attempt_and_role(path: str, rest: str, attribution
     assert (split.path, split.attribution) == (rest, attribution)
 
 
-@pytest.mark.parametrize("path", ["/v1/rollout/r1/v1", "/rollouts/r1/v1/x", "/rollout", "/", "/rollout/r1/v2/x"])
+@pytest.mark.parametrize(
+    "path", ["/v1/rollout/r1/v1", "/rollouts/r1/v1/x", "/rollout", "/", "/rollout/r1/v2/x"]
+)
 def test_other_paths_name_nobody(path: str) -> None:
     split = split_path(path)
     assert (split.path, split.attribution) == (path, None)
@@ -88,9 +90,15 @@ def test_an_id_that_cannot_be_one_is_refused_with_what_would_be_right(path: str,
     [
         (headers(X_Rollout_Id="r1"), Attribution("r1", 1, None, "header", 1.0)),
         (headers(X_Session_Id="s", X_Attempt="4"), Attribution("s", 4, None, "header", 1.0)),
-        (headers(baggage="rollout_id=r1;p=1, attempt=2,role=critic"), Attribution("r1", 2, "critic", "baggage", 1.0)),
+        (
+            headers(baggage="rollout_id=r1;p=1, attempt=2,role=critic"),
+            Attribution("r1", 2, "critic", "baggage", 1.0),
+        ),
         (headers(baggage="session.id=a%3Ab"), Attribution("a:b", 1, None, "baggage", 1.0)),
-        (headers(X_Rollout_Id="r1", baggage="rollout_id=r2,role=x"), Attribution("r1", 1, None, "header", 1.0)),
+        (
+            headers(X_Rollout_Id="r1", baggage="rollout_id=r2,role=x"),
+            Attribution("r1", 1, None, "header", 1.0),
+        ),
     ],
 )
 def test_headers_name_a_rollout(sent: CIMultiDict[str], expected: Attribution) -> None:
@@ -99,7 +107,13 @@ def test_headers_name_a_rollout(sent: CIMultiDict[str], expected: Attribution) -
 
 @pytest.mark.parametrize(
     "sent",
-    [headers(), headers(X_Rollout_Id="a b"), headers(X_Session_Id="\udcff"), headers(baggage="x=1"), headers(baggage=";,=")],
+    [
+        headers(),
+        headers(X_Rollout_Id="a b"),
+        headers(X_Session_Id="\udcff"),
+        headers(baggage="x=1"),
+        headers(baggage=";,="),
+    ],
 )
 def test_a_header_that_holds_no_id_names_nobody(sent: CIMultiDict[str]) -> None:
     assert from_headers(sent) is None

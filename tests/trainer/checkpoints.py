@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_proxy.trainer.batches import Floats, Rows
 
 Arrays = Mapping[str, NDArray[np.generic]]
+_PLAIN: Arrays = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.uint16)}
 _NAMES = {"float32": "F32", "float16": "F16", "float64": "F64", "uint16": "BF16", "int64": "I64"}
 
 
@@ -35,8 +36,7 @@ def write_checkpoint(directory: Path, **changes: NDArray[np.generic]) -> Path:
     directory.mkdir(parents=True)
     for name in ("config.json", "tokenizer.json"):
         (directory / name).write_text("{}")
-    arrays = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.uint16)} | changes
-    write_safetensors(directory / "model.safetensors", arrays)
+    write_safetensors(directory / "model.safetensors", {**_PLAIN, **changes})
     return directory
 
 
@@ -53,8 +53,7 @@ class PaperBackend:
         return {"pg_loss": 0.0, "grad_norm": 0.0}
 
     def export(self, directory: Path, base: Path) -> None:
-        arrays = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.uint16)} | self.changes
-        write_safetensors(directory / "model.safetensors", arrays)
+        write_safetensors(directory / "model.safetensors", {**_PLAIN, **self.changes})
 
     def export_adapter(self, directory: Path, base: Path) -> None:
         (directory / "adapter_config.json").write_text("{}")

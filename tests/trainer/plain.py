@@ -42,7 +42,7 @@ class PlainModel:
             mask = torch.from_numpy(rows.mask[start + 1 : end])
             ratio = torch.exp(torch.where(mask, new - old, torch.zeros_like(new)))
             loss = torch.maximum(-ratio * advantage, -ratio.clamp(1 - clip, 1 + clip) * advantage)
-            (weight * loss).sum().backward()
+            (weight * loss).sum().backward()  # type: ignore[no-untyped-call]
             total += float((weight * loss).sum())
         return total, {
             name: parameter.grad.clone()

@@ -82,7 +82,7 @@ def test_identical_credit_gives_every_transition_the_whole_return() -> None:
 
 def centred(credits_R: Returns, groups_R: object) -> Returns:
     assert groups_R == [0, 0, 1, 1]
-    return credits_R - credits_R.mean()
+    return np.asarray(credits_R - credits_R.mean())
 
 
 def test_a_rollout_counts_once_in_its_group_however_many_calls_it_made() -> None:

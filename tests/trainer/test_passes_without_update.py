@@ -98,7 +98,7 @@ def test_groups_without_spread_are_consumed_and_small_ones_given_back(store: Sto
     record_group(store, "alone", [1.0])
     report, _ = run(store, model=tmp_path)
     assert report.outcome is Outcome.NOTHING
-    assert "2 rollouts group all equal" in report.message
+    assert "2 rollouts (group all equal)" in report.message
     assert report.counts["given_back"] == 1
     [committed] = store.list_runs(POLICY)
     assert committed.state is RunState.COMMITTED

@@ -21,8 +21,8 @@ def convert(*rollouts: RecordedRollout, max_tokens: int = 100) -> tuple[list[Tra
     return trainable_rollouts(rollouts, policy=POLICY, max_tokens=max_tokens, left_out=left_out), left_out
 
 
-def reward(value: float = 1.0, **target: int) -> Reward:
-    return Reward("r", value, **target)
+def reward(value: float = 1.0, *, attempt: int | None = None, span_id: int | None = None) -> Reward:
+    return Reward("r", value, attempt=attempt, span_id=span_id)
 
 
 def test_each_generation_of_each_call_becomes_one_transition_with_its_next_state() -> None:

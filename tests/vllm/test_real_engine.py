@@ -6,6 +6,7 @@ import json
 import threading
 import urllib.error
 import urllib.request
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.vllm.conftest import MODEL, WEIGHTS, Served, engine_of, is_ready
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
-TOOLS = [
+TOOLS: Any = [
     {
         "type": "function",
         "function": {
@@ -32,7 +33,7 @@ TOOLS = [
         },
     }
 ]
-MESSAGES = [
+MESSAGES: Any = [
     {"role": "system", "content": "items(price, stock)"},
     {"role": "user", "content": "What is the highest price?"},
 ]
@@ -88,26 +89,50 @@ def post(url: str, body: dict[str, Any]) -> tuple[int, dict[str, str], str]:
         return answer.status, headers, answer.read().decode()
 
 
-def comparable(body: str) -> list[Any]:
-    """An answer as a list of JSON values without what the engine draws at random.
+def comparable(body: str) -> Any:
+    """An answer without what chance decides: ids drawn, and how many tokens share a chunk.
 
-    vLLM interleaves the choices of one stream as its scheduler likes: they are compared choice by
-    choice, each in its own order.
+    vLLM interleaves the choices of a stream and puts as many tokens into a chunk as are ready, so
+    the growing parts of each choice are joined; all else must be the same.
     """
     if not body.startswith("data:"):
-        return [without_random(json.loads(body))]
+        return without_random(json.loads(body))
     events = [event.removeprefix("data: ") for event in body.split("\n\n") if event]
-    parsed = [event if event == "[DONE]" else without_random(json.loads(event)) for event in events]
-    return sorted(parsed, key=lambda e: e["choices"][0]["index"] if "choices" in e and e["choices"] else 1e9)
+    chunks = [without_random(json.loads(event)) for event in events if event != "[DONE]"]
+    choices: dict[int, Any] = {}
+    for chunk in chunks:
+        for choice in chunk.get("choices", ()):
+            choices[choice["index"]] = joined(choices.get(choice["index"]), choice)
+    return {
+        "done": events[-1] == "[DONE]",
+        "choices": choices,
+        "first": chunks[0],
+        "keys": {tuple(chunk) for chunk in chunks},
+        "choice_keys": {tuple(choice) for chunk in chunks for choice in chunk.get("choices", ())},
+        "delta_keys": {
+            tuple(c["delta"]) for chunk in chunks for c in chunk.get("choices", ()) if "delta" in c
+        },
+        "usage": chunks[-1].get("usage"),
+        "errors": [chunk for chunk in chunks if "error" in chunk],
+    }
+
+
+def joined(before: Any, after: Any, key: str = "") -> Any:
+    """Two pieces of a stream as one: text and lists grow, all else is set unless it is null."""
+    if before is None or after is None:
+        return before if after is None else after
+    if isinstance(after, str) and key not in ("id", "type", "role", "name"):
+        return before + after
+    if isinstance(after, dict):
+        return {k: joined(before.get(k), after.get(k), k) for k in {**before, **after}}
+    if isinstance(after, list) and key == "tool_calls":
+        return [joined(a, b) for a, b in zip_longest(before, after)]
+    return before + after if isinstance(after, list) else after
 
 
 def without_random(value: Any) -> Any:
     if isinstance(value, dict):
-        # Whether the last chunk of a choice or the last of all carries the fingerprint depends on
-        # the interleaving, too; its value is constant.
-        return {
-            key: "drawn" if key in ("id", "created") else without_random(item) for key, item in value.items()
-        }
+        return {k: "drawn" if k in ("id", "created") else without_random(v) for k, v in value.items()}
     return [without_random(item) for item in value] if isinstance(value, list) else value
 
 
@@ -271,7 +296,7 @@ def test_a_killed_engine_is_started_again_and_calls_wait_for_it(served: Served) 
 
     port = served.engine_url.rsplit(":", 1)[1]
     for child in psutil.Process(served.process.pid).children(recursive=True):
-        if port in child.cmdline():
+        if child.is_running() and child.status() != psutil.STATUS_ZOMBIE and port in child.cmdline():
             child.kill()
     wait_until(lambda: not is_ready(served.url), 30)
     body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 5}

@@ -117,6 +117,7 @@ class Collector(ABC):
         self._choices: dict[int, Choice] = {}
         self._prompt_token_ids: list[int] | None = None
         self._whole: bytes | None = None
+        self.changed = False  # the last answer or chunk is not what the engine sent
         self.failed: str | None = None  # an error that the engine sent inside the stream
 
     # -- the two ways in ------------------------------------------------------------------
@@ -140,6 +141,7 @@ class Collector(ABC):
 
         Returns False where the chunk exists only because of what capture asked for.
         """
+        self.changed = False
         if "error" in chunk and "choices" not in chunk:
             self.failed = orjson.dumps(chunk["error"]).decode()
             return True
@@ -246,16 +248,19 @@ class Collector(ABC):
         if answer.get("prompt_token_ids"):
             self._prompt_token_ids = answer["prompt_token_ids"]
         prepared = self._prepared
-        if prepared.strip_ids and "prompt_token_ids" in answer:
-            answer["prompt_token_ids"] = None
+        if prepared.strip_ids:
+            self._take_out(answer, "prompt_token_ids")
         for choice in answer.get("choices") or ():
             if prepared.strip_ids:
-                if "token_ids" in choice:
-                    choice["token_ids"] = None
-                if "prompt_token_ids" in choice:
-                    choice["prompt_token_ids"] = None
-            if prepared.strip_logprobs and "logprobs" in choice:
-                choice["logprobs"] = None
+                self._take_out(choice, "token_ids")
+                self._take_out(choice, "prompt_token_ids")
+            if prepared.strip_logprobs:
+                self._take_out(choice, "logprobs")
+
+    def _take_out(self, where: Json, key: str) -> None:
+        if where.get(key) is not None:
+            where[key] = None
+            self.changed = True
 
 
 def merge_delta(into: Json, delta: Json) -> None:

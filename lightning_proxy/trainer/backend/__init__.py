@@ -71,14 +71,15 @@ def estimator(settings: TrainSettings) -> AdvantageEstimator:
 
 
 def _load(module: str, settings: TrainSettings) -> ModuleType:
-    # Both are read once, when torch is imported. Waiting threads that spin would take the CPU from
+    # All are read once, on import. OpenMP's waiting threads would otherwise spin, and take the CPU from
     # whatever else runs on the machine, the engine first of all.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("VERL_LOGGING_LEVEL", "WARNING")
     if settings.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         return importlib.import_module(f"{__name__}.{module}")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingExtra(
             f"training needs the extra `train` (pip install 'lightning-proxy[train]'): {error}"
         ) from error

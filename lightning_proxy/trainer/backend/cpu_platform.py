@@ -147,5 +147,7 @@ class CpuEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         offsets = micro_batch["input_ids"].offsets()
         lengths = offsets.diff().tolist()
         logits = torch.cat([row[:length] for row, length in zip(output.logits, lengths, strict=True)])
-        logprobs = -functional.cross_entropy(logits, output_args["input_ids_rmpad_rolled"], reduction="none")
+        logprobs = -functional.cross_entropy(
+            logits.float(), output_args["input_ids_rmpad_rolled"], reduction="none"
+        )
         return {"log_probs": torch.nested.nested_tensor_from_jagged(logprobs, offsets)}

@@ -135,7 +135,12 @@ class _OnRay:
 
         self._started = not ray.is_initialized()
         if self._started:
-            ray.init(num_cpus=None if config.device == "cuda" else count, log_to_driver=False)
+            ray.init(
+                num_cpus=None if config.device == "cuda" else count,
+                include_dashboard=False,
+                log_to_driver=False,  # from a thread, past stdout_to_stderr
+                logging_level="warning",
+            )
         # Each worker of a pool reserves max_colocate_count CPUs, 10 by default.
         pool = RayResourcePool(
             process_on_nodes=[count], use_gpu=config.device == "cuda", max_colocate_count=1

@@ -248,7 +248,8 @@ def policy_loss(
     with torch.no_grad():
         mask = data["response_mask"].to_padded_tensor(0.0).bool()
         new = no_padding_2_padding(model_output["log_probs"], data)
-        ratio = torch.exp(new - data["old_log_probs"].to_padded_tensor(0.0))[mask]
+        difference = new - data["old_log_probs"].to_padded_tensor(0.0)
+        ratio = torch.exp(difference.clamp(-20.0, 20.0))[mask]  # verl's own bounds
     return loss, {
         "pg_loss": float(values["actor/pg_loss"]),
         "clip_frac": float(values.get("actor/pg_clipfrac", 0.0)),
@@ -264,7 +265,8 @@ def _join_process_group(device: str) -> None:
         return
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     if int(os.environ["WORLD_SIZE"]) == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
 

@@ -1,0 +1,135 @@
+"""Who may do what, and which keys travel."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import MakeProxy, ProxyThread
+from tests.engine import EngineThread
+from tests.proxy.raw_http import CHAT, HELLO, JSON, Headers, chat, recorded, send
+
+TOKEN = "the-token"
+BEARER = [("Authorization", f"Bearer {TOKEN}")]
+
+
+@pytest.fixture
+def guarded(make_proxy: MakeProxy, engine: EngineThread) -> ProxyThread:
+    """A proxy with a token."""
+    return make_proxy(engine.base_url, proxy={"token": TOKEN})
+
+
+def keys_seen(engine: EngineThread) -> list[tuple[str, str]]:
+    """All keys that ever reached the engine, in whatever request."""
+    names = ("authorization", "x-api-key", "proxy-authorization")
+    return [pair for request in engine.requests for pair in request.headers if pair[0] in names]
+
+
+OURS = [
+    ("POST", "/reward"),
+    ("POST", "/api/rollouts"),
+    ("GET", "/api/rollouts"),
+    ("GET", "/api/spans"),
+    ("GET", "/api/policies"),
+    ("POST", "/api/policies/policy/versions/1/promote"),
+    ("POST", "/api/policies/policy/rollback"),
+    ("GET", "/api/runs"),
+    ("GET", "/api/stats"),
+    ("GET", "/metrics"),
+]
+WRONG: list[Headers] = [
+    [],
+    [("Authorization", "Bearer wrong")],
+    [("Authorization", "Bearer ")],
+    [("Authorization", "Bearer \xff\xfe")],
+    [("Authorization", f"Basic {TOKEN}")],
+    [("Authorization", TOKEN)],
+    [("x-api-key", TOKEN + "x")],
+    [("Authorization", "Bearer lp-00000000000000000000000000000000")],
+]
+
+
+@pytest.mark.parametrize("headers", WRONG, ids=str)
+def test_without_the_token_nothing_is_open(
+    engine: EngineThread, guarded: ProxyThread, headers: Headers
+) -> None:
+    for method, path in [*OURS, ("POST", CHAT), ("GET", "/v1/models"), ("GET", "/rollout/r1/v1/models")]:
+        answer = send(
+            guarded.url, path, HELLO if method == "POST" else None, [*JSON, *headers], method=method
+        )
+        assert (answer.status, answer.json["error"]["code"]) == (401, "invalid_api_key"), path
+        assert TOKEN not in answer.body.decode()
+    assert engine.requests == []
+
+
+def test_health_is_open_to_everybody(guarded: ProxyThread) -> None:
+    assert send(guarded.url, "/healthz").status == send(guarded.url, "/readyz").status == 200
+
+
+@pytest.mark.parametrize("headers", [BEARER, [("x-api-key", TOKEN)]], ids=str)
+def test_the_token_opens_everything(engine: EngineThread, guarded: ProxyThread, headers: Headers) -> None:
+    for path in ("/api/rollouts", "/api/stats", "/metrics", "/v1/models"):
+        assert send(guarded.url, path, None, headers).status == 200
+    assert chat(guarded, headers).status == 200
+
+
+def test_a_rollouts_key_opens_model_calls_and_nothing_else(
+    engine: EngineThread, guarded: ProxyThread
+) -> None:
+    key = send(guarded.url, "/api/rollouts", {"rollout_id": "r1"}, [*JSON, *BEARER]).json["api_key"]
+    headers = [("Authorization", f"Bearer {key}")]
+    assert chat(guarded, headers).status == send(guarded.url, "/v1/models", None, headers).status == 200
+    assert recorded(guarded)[0].rollout_id == "r1"
+    for method, path in OURS:
+        assert send(guarded.url, path, None, headers, method=method).status == 401
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings", "/v1/messages"])
+def test_neither_the_token_nor_a_rollouts_key_ever_reaches_the_engine(
+    engine: EngineThread, guarded: ProxyThread, path: str
+) -> None:
+    key = send(guarded.url, "/api/rollouts", {}, [*JSON, *BEARER]).json["api_key"]
+    for secret in (TOKEN, key):
+        for headers in (
+            [("Authorization", f"Bearer {secret}")],
+            [("x-api-key", secret)],
+            [("Authorization", f"Bearer {secret}"), ("x-api-key", secret)],
+        ):
+            assert send(guarded.url, path, HELLO, [*JSON, *headers]).status == 200
+    assert keys_seen(engine) == []
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+def test_a_key_of_ours_is_taken_out_beside_a_key_of_the_engines(
+    engine: EngineThread, guarded: ProxyThread, path: str
+) -> None:
+    """Claude Code, for one, may send both headers."""
+    key = send(guarded.url, "/api/rollouts", {"rollout_id": "r1"}, [*JSON, *BEARER]).json["api_key"]
+    for secret in (TOKEN, key):
+        both = [("Authorization", "Bearer sk-theirs"), ("x-api-key", secret)]
+        assert send(guarded.url, path, HELLO, [*JSON, *both]).status == 200
+        both = [("Authorization", f"Bearer {secret}"), ("x-api-key", "sk-theirs")]
+        assert send(guarded.url, path, HELLO, [*JSON, *both]).status == 200
+    assert {value for _, value in keys_seen(engine)} == {"Bearer sk-theirs", "sk-theirs"}
+    if path == CHAT:
+        assert [span.rollout_id for span in recorded(guarded, 4)[2:]] == ["r1", "r1"]
+
+
+def test_without_a_token_the_agents_own_key_goes_to_the_engine(
+    engine: EngineThread, proxy: ProxyThread
+) -> None:
+    chat(proxy, [("Authorization", "Bearer sk-agent"), ("x-api-key", "sk-other")])
+    assert {("authorization", "Bearer sk-agent"), ("x-api-key", "sk-other")} == set(keys_seen(engine))
+
+
+@pytest.mark.parametrize(
+    "headers", [[], BEARER, [("x-api-key", "sk-agent")], [("Authorization", "Basic x")]], ids=str
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+def test_the_upstreams_own_key_takes_the_place_of_the_agents(
+    engine: EngineThread, make_proxy: MakeProxy, headers: Headers, path: str
+) -> None:
+    proxy = make_proxy(engine.base_url, proxy={"upstream_api_key": "sk-up"})
+    assert send(proxy.url, path, HELLO, [*JSON, *headers]).status == 200
+    keys = set(keys_seen(engine))
+    assert ("authorization", "Bearer sk-up") in keys
+    assert {value.removeprefix("Bearer ") for _, value in keys} == {"sk-up"}

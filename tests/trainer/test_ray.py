@@ -1,0 +1,65 @@
+"""The same update on two Ray workers as in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_proxy.trainer.backend import open_backend
+from lightning_proxy.trainer.batches import Rows
+from lightning_proxy.trainer.checkpoint import read_layout
+from tests.trainer.conftest import recipe
+
+pytestmark = [
+    pytest.mark.train,
+    pytest.mark.filterwarnings("ignore"),
+]  # verl, torch and ray warn about themselves
+
+
+def random_rows(count: int) -> Rows:
+    """An odd number of rows of different lengths, the last of them long: shares cannot be equal."""
+    generator = np.random.default_rng(0)
+    lengths_N = np.array([*generator.integers(4, 20, count - 1), 60])
+    offsets = np.concatenate([[0], np.cumsum(lengths_N)])
+    total = int(offsets[-1])
+    mask = np.ones(total, dtype=np.bool_)
+    mask[offsets[:-1]] = mask[offsets[:-1] + 1] = False
+    return Rows(
+        tokens=generator.integers(2, 64, total),
+        mask=mask,
+        logprobs=np.where(mask, -4, 0).astype(np.float32),
+        advantages=np.where(mask, generator.normal(size=total), 0).astype(np.float32),
+        weights=(mask / mask.sum()).astype(np.float32),
+        offsets=offsets,
+        rollouts=tuple(map(str, range(count))),
+    )
+
+
+@pytest.mark.timeout(900)  # three processes import verl: a minute alone, more on a busy machine
+def test_two_ray_workers_make_the_update_that_one_makes_in_process(tiny_model: Path, tmp_path: Path) -> None:
+    rows = random_rows(9)
+    logprobs, metrics = {}, {}
+    for workers in (2, 1):
+        backend = open_backend(recipe(workers=workers, learning_rate=1e-3, micro_batch_tokens=70), tiny_model)
+        try:
+            before = backend.logprobs(rows)
+            steps = [backend.update(rows) for _ in range(3)]
+            if workers == 2:
+                directory = tmp_path / "weights"
+                directory.mkdir()
+                backend.export(directory, tiny_model)
+                assert read_layout(directory).keys() == read_layout(tiny_model).keys()
+                state = tmp_path / "state"
+                state.mkdir()
+                backend.save_state(state)
+                backend.update(rows)
+                backend.load_state(state)
+            logprobs[workers], metrics[workers] = (before, backend.logprobs(rows)), steps
+        finally:
+            backend.close()
+    np.testing.assert_allclose(logprobs[2][0], logprobs[1][0], atol=1e-5)
+    np.testing.assert_allclose(logprobs[2][1], logprobs[1][1], atol=1e-3)
+    for two, one in zip(metrics[2], metrics[1], strict=True):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
