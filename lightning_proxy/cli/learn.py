@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,7 @@ from lightning_proxy.errors import InvalidInput, StoreError, TrainingError
 if TYPE_CHECKING:
     from lightning_proxy.config import Settings
     from lightning_proxy.trainer.report import TrainReport
+    from lightning_proxy.trainer.steps import Progress
 
 NO_UPDATE = 3
 
@@ -156,20 +157,28 @@ def _print_report(report: TrainReport, as_json: bool) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Says what happens, on stderr: beside a moving sign and a clock on a terminal, else plain lines."""
+def _progress() -> Iterator[Progress]:
+    """Says what happens, on stderr: with a bar and a clock on a terminal, else plain lines."""
     if not sys.stderr.isatty():
-        yield lambda line: typer.echo(line, err=True)
+
+        def say_plainly(line: str, done: float | None = None) -> None:
+            if done is None:
+                typer.echo(line, err=True)
+
+        yield say_plainly
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("training")
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("training", total=None)
 
-        def say(line: str) -> None:
-            bar.console.print(line, highlight=False, markup=False)
-            bar.update(task, description=line)
+        def say(line: str, done: float | None = None) -> None:
+            if done is None:
+                bar.console.print(line, highlight=False, markup=False)
+            unknown = done is None or done >= 1.0
+            bar.update(task, description=line, total=None if unknown else 1.0, completed=done or 0.0)
 
         yield say

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,7 +34,12 @@ from lightning_proxy.trainer.warm import WarmBackend
 _PROBE_TOKENS = 64
 _PROMOTE_MARGIN_S = 60.0  # beyond the time that the proxy holds calls for
 
-Progress = Callable[[str], None]
+
+class Progress(Protocol):
+    """Where a pass says what it does."""
+
+    def __call__(self, line: str, done: float | None = None) -> None:
+        """One line; or, with ``done`` (0 to 1), how far the step that the line names has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +197,10 @@ class Pass:
                 generator = np.random.default_rng([train.seed, parent.version, epoch])
                 mini_batches = split_mini_batches(rows.rollouts, train.mini_batch_rows, generator)
                 weighed = weigh(rows, len(mini_batches))
-                steps += [backend.update(weighed.select(chosen)) for chosen in mini_batches]
+                for number, chosen in enumerate(mini_batches):
+                    self.progress("updating", (epoch + number / len(mini_batches)) / train.epochs)
+                    steps.append(backend.update(weighed.select(chosen)))
+            self.progress("updating", 1.0)
         means = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
         self._update(metrics={"steps": len(steps), **means, "first": dict(steps[0])})
         self.progress(

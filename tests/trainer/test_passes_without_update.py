@@ -37,10 +37,14 @@ def settings(store: Store, *, url: str = NOBODY, model: Path | None = None, **tr
 
 def run(store: Store, *, dry_run: bool = False, **changes: object) -> tuple[TrainReport, list[str]]:
     lines: list[str] = []
+
+    def note(line: str, done: float | None = None) -> None:
+        lines.append(line)
+
     report = train_once(
         settings(store, **changes),  # type: ignore[arg-type]
         store=store,
-        progress=lines.append,
+        progress=note,
         dry_run=dry_run,
     )
     json.dumps(report.as_dict(), allow_nan=False)

@@ -36,6 +36,10 @@ def proxy(store: Store) -> Iterator[FakeProxy]:
         yield serving
 
 
+def silent(line: str, done: float | None = None) -> None:
+    """No one looks."""
+
+
 def settings(store: Store, proxy: FakeProxy, model: Path, **train: object) -> Settings:
     values = RECIPE | {
         "proxy_url": proxy.url,
@@ -53,7 +57,7 @@ def settings(store: Store, proxy: FakeProxy, model: Path, **train: object) -> Se
 
 
 def run(settings_: Settings, store: Store) -> TrainReport:
-    report = train_once(settings_, store=store, progress=lambda _: None)
+    report = train_once(settings_, store=store, progress=silent)
     json.dumps(report.as_dict(), allow_nan=False)
     return report
 
@@ -143,7 +147,7 @@ def test_two_fresh_processes_learn_what_one_warm_trainer_learns_optimiser_and_al
     for name in ("fresh", "warm", "forgetful"):
         with Store.open(tmp_path / f"{name}.db") as own, fake_proxy(own.path) as promoter:
             how = settings(own, promoter, tiny_model, runs_dir=tmp_path / name)
-            with Trainer(how, store=own, progress=lambda _: None) as trainer:
+            with Trainer(how, store=own, progress=silent) as trainer:
                 reports = []
                 for version in (0, 1):
                     record(own, sampler_logprobs, version=version)
@@ -167,7 +171,7 @@ def test_two_fresh_processes_learn_what_one_warm_trainer_learns_optimiser_and_al
 def test_a_warm_trainer_reloads_where_another_version_serves_than_the_one_it_made(
     store: Store, proxy: FakeProxy, tiny_model: Path, sampler_logprobs: Logprobs
 ) -> None:
-    with Trainer(settings(store, proxy, tiny_model), store=store, progress=lambda _: None) as trainer:
+    with Trainer(settings(store, proxy, tiny_model), store=store, progress=silent) as trainer:
         record(store, sampler_logprobs)
         trainer.train_once()
         store.activate_version(POLICY, 0)  # rolled back
