@@ -60,8 +60,19 @@ name = "{policy}"
 model = {model}
 
 [engine]
-args = ["--max-model-len", "2048", "--max-num-seqs", "64", "--dtype", "float32", "--enforce-eager"]
+args = [
+  "--max-model-len", "2048", "--max-num-seqs", "64", "--dtype", "float32", "--enforce-eager",
+  "--distributed-executor-backend", "uni",
+]
 log = {engine_log}
+
+# On few cores vLLM's separate worker process costs more than the work: both ends wait for each other
+# spinning. Three rollouts a second with it, eight without. The first variable is what vLLM on CPU
+# asks before it allows "uni".
+[engine.env]
+VLLM_ENABLE_V1_MULTIPROCESSING = "0"
+VLLM_CPU_OMP_THREADS_BIND = "nobind"
+OMP_NUM_THREADS = "1"
 
 [train]
 proxy_url = "http://127.0.0.1:{port}"

@@ -46,15 +46,17 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TAGS = ("<tool_call>", "</tool_call>")
+# Whole tokens beside the tags: what never varies in a call costs one step each, and a token of the
+# answer's own has more weight in the loss.
+TAGS = ("<tool_call>", "</tool_call>", '{"name": "sql", "arguments": {"query": "', '"}}')
 VOCABULARY = 512
 TOOLS = [{"type": "function", "function": {"name": "sql", "description": "Run a query.", "parameters": {}}}]
 UNKNOWN = "unknown"  # the answer where the query failed
 
 # What the demonstrator does, as probabilities.
-RIGHT_AGGREGATE = 0.40
+RIGHT_AGGREGATE = 0.39
 FAVOURED_WRONG = {"SUM": "AVG", "AVG": "MIN", "MIN": "MAX", "MAX": "SUM"}
-FAVOURED = 0.45
+FAVOURED = 0.48
 RIGHT_COLUMN = 0.8
 MISSING_COLUMN = 0.03
 

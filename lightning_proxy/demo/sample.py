@@ -23,7 +23,7 @@ from lightning_proxy.demo.tasks import Task, write_database
 from lightning_proxy.errors import EngineRefused, EngineUnreachable, LightningError
 
 HERE = Path(__file__).parent
-CONCURRENCY = 32
+CONCURRENCY = 64
 TIMEOUT_S = 60.0
 
 

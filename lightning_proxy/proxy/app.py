@@ -22,9 +22,9 @@ from aiohttp import web
 
 from lightning_proxy.config import Settings
 from lightning_proxy.errors import ConfigError, EngineError, LightningError, PublishFailed
-from lightning_proxy.store import Store, Writer
+from lightning_proxy.store import Store, VersionStatus, Writer
 
-from .attribution import api_key
+from .attribution import api_keys
 from .auth import Guard
 from .control import Control, http_status
 from .engine import Engine
@@ -97,6 +97,7 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
         read=parts.reader,
         switch=parts.switch,
         hold=parts.hold,
+        engine=parts.engine,
         attributor=parts.attributor,
         metrics=parts.metrics,
         base_url=lambda: parts.base_url,
@@ -115,7 +116,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
             "nothing to forward to: give --upstream URL (an engine that runs) or --model PATH (we start vLLM)"
         )
     proxy = settings.proxy
-    metrics, hold = Metrics(), Hold()
+    metrics, hold, tasks = Metrics(), Hold(), Tasks()
     writer = Writer(
         settings.store.db,
         synchronous=settings.store.synchronous,
@@ -130,6 +131,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         hold=hold,
         writer=writer,
         metrics=metrics,
+        tasks=tasks,
         tolerance=settings.train.verify_tolerance,
     )
     attributor = Attributor(lambda key: reader(lambda store: store.owner_of_key(key)))
@@ -150,7 +152,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
     metrics.watch("policy_version", "Version that the engine runs, -1 where unknown",
                   lambda: -1 if (v := switch.version_of(settings.policy.name)) is None else v)  # fmt: skip
     return Parts(
-        settings, metrics, hold, writer, reader, upstream, engine, switch, attributor, Tasks(), forwarder
+        settings, metrics, hold, writer, reader, upstream, engine, switch, attributor, tasks, forwarder
     )
 
 
@@ -191,10 +193,15 @@ async def _register_model(parts: Parts) -> None:
 
 
 async def _begin_with_active(parts: Parts) -> None:
-    """Version 0 is what the engine was started with; any other has to be loaded again."""
+    """Version 0 is what the engine was started with; any other has to be loaded again.
+
+    So has version 0 where there are others: a proxy that died in mid-change leaves the engine
+    paused, or on weights that are not the active ones.
+    """
     policy = parts.settings.policy.name
-    active = await parts.writer.submit(lambda store: store.active_version(policy))
-    if active is None or active.version == 0:
+    versions = await parts.writer.submit(lambda store: store.list_versions(policy))
+    active = next((version for version in versions if version.status is VersionStatus.ACTIVE), None)
+    if active is None or len(versions) == 1:
         parts.switch.started_with(active)
         return
     parts.hold.close(RESTORING)
@@ -234,7 +241,7 @@ def _door(guard: Guard) -> Any:
 
 
 def _not_admitted(request: web.Request) -> web.Response:
-    sent = "a key that is not known here" if api_key(request.headers) else "no key"
+    sent = "a key that is not known here" if api_keys(request.headers) else "no key"
     return problem(
         401,
         "invalid_api_key",

@@ -98,12 +98,13 @@ def own_rollout() -> Attribution:
     return Attribution(f"auto-{secrets.token_hex(8)}")
 
 
-def api_key(headers: Mapping[str, str]) -> str | None:
-    """The key that an agent sent, by either convention."""
+def api_keys(headers: Mapping[str, str]) -> list[str]:
+    """The keys that an agent sent, by either convention; Claude Code, for one, may send both."""
     authorization = headers.get("Authorization", "")
-    if authorization[:7].lower() == "bearer ":
-        return authorization[7:].strip()
-    return headers.get("x-api-key")
+    keys = [authorization[7:].strip()] if authorization[:7].lower() == "bearer " else []
+    if "x-api-key" in headers:
+        keys.append(headers["x-api-key"])
+    return keys
 
 
 def checked_id(value: str, what: str) -> str:

@@ -6,7 +6,7 @@ import hmac
 
 from aiohttp import web
 
-from .attribution import KEY_PREFIX, api_key
+from .attribution import KEY_PREFIX, api_keys
 from .keys import Attributor
 
 _OPEN_PATHS = frozenset(("/healthz", "/readyz"))
@@ -23,9 +23,16 @@ class Guard:
         """Whether a request may go on."""
         if self._token is None or request.path in _OPEN_PATHS:
             return True
-        sent = api_key(request.headers)
-        if sent is None:
-            return False
-        if hmac.compare_digest(sent.encode(), self._token.encode()):
+        keys = api_keys(request.headers)
+        if any(hmac.compare_digest(_bytes(key), _bytes(self._token)) for key in keys):
             return True
-        return model_call and sent.startswith(KEY_PREFIX) and await self._attributor.owner(sent) is not None
+        if not model_call:
+            return False
+        for key in keys:
+            if key.startswith(KEY_PREFIX) and await self._attributor.owner(key) is not None:
+                return True
+        return False
+
+
+def _bytes(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")  # as aiohttp decodes what a header holds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ log = logging.getLogger(__name__)
 
 _LONGEST_ERROR = 4096
 # What an answer of an unexpected shape can raise in a collector.
-_CAPTURE_FAULTS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+_CAPTURE_FAULTS = (
+    KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from lightning_proxy.errors import (
 from lightning_proxy.store import KeyOwner, Reward, Rollout, RolloutState, Store, Writer, as_json
 
 from .attribution import checked_id
+from .engine import Engine
 from .hold import Hold
 from .keys import Attributor
 from .metrics import Metrics
@@ -54,6 +55,7 @@ class Control:
         read: Callable[[Callable[[Store], Any]], Any],
         switch: Switch,
         hold: Hold,
+        engine: Engine,
         attributor: Attributor,
         metrics: Metrics,
         base_url: Callable[[], str],
@@ -62,6 +64,7 @@ class Control:
         self._read_blocking = read
         self._switch = switch
         self._hold = hold
+        self._engine = engine
         self._attributor = attributor
         self._metrics = metrics
         self._base_url = base_url
@@ -235,10 +238,12 @@ class Control:
         return _answer({"status": "ok"})
 
     async def readyz(self, request: web.Request) -> web.Response:
-        """Calls go straight through and spans are written."""
+        """Calls go straight through to an engine that answers, and spans are written."""
         waits_for = list(self._hold.reasons)
         if not self._writer.healthy:
             waits_for.append(f"the store: {self._writer.last_error}")
+        if not waits_for and not await self._engine.healthy():
+            waits_for.append("the engine does not answer")
         return _answer({"ready": not waits_for, "waits_for": waits_for}, 503 if waits_for else 200)
 
     async def show_metrics(self, request: web.Request) -> web.Response:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from lightning_proxy.errors import StoreError
 from lightning_proxy.store import KeyOwner
 
-from .attribution import KEY_PREFIX, Attribution, api_key, from_headers, own_rollout, role_or_none
+from .attribution import KEY_PREFIX, Attribution, api_keys, from_headers, own_rollout, role_or_none
 
 log = logging.getLogger(__name__)
 _REMEMBERED = 10_000
@@ -36,11 +36,10 @@ class Attributor:
         return replace(found, role=role) if role and found.role is None else found
 
     async def _by_key(self, headers: Mapping[str, str]) -> Attribution | None:
-        key = api_key(headers)
-        owner = await self.owner(key) if key is not None and key.startswith(KEY_PREFIX) else None
-        if owner is None:
-            return None
-        return Attribution(owner.rollout_id, owner.attempt, owner.role, "key", 1.0)
+        for key in api_keys(headers):
+            if key.startswith(KEY_PREFIX) and (owner := await self.owner(key)) is not None:
+                return Attribution(owner.rollout_id, owner.attempt, owner.role, "key", 1.0)
+        return None
 
     async def owner(self, key: str) -> KeyOwner | None:
         """Who a key was issued for; ``None`` if nobody."""

@@ -6,7 +6,7 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-inte
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # A blank line ends an event; each line ends in CRLF, LF or CR. "\r\n" alone is one line end.
 _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
@@ -14,8 +14,7 @@ _LONGEST_BLANK = 4
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One event: the bytes as they came, and its data lines joined (``None``: it has none)."""
 
     raw: bytes
@@ -33,15 +32,17 @@ class SseParser:
 
     def feed(self, chunk: bytes) -> list[Event]:
         """Take the next bytes; return the events that they complete."""
+        if not self._buffer and chunk.endswith(b"\n\n") and b"\r" not in chunk:
+            # Whole events, as engines send them: nothing to put together.
+            return [Event(raw + b"\n\n", _data_of(raw)) for raw in chunk[:-2].split(b"\n\n")]
         scan_from = max(0, len(self._buffer) - _LONGEST_BLANK)
         buffer = self._buffer + chunk if self._buffer else chunk
-        find_end = _end_of_lf_event if b"\r" not in buffer else _end_of_event
         events: list[Event] = []
         start = 0
-        while (end := find_end(buffer, max(start, scan_from))) != -1:
-            raw = buffer[start:end]
-            events.append(Event(raw, _data_of(raw)))
-            start = end
+        while (blank := _BLANK_LINE.search(buffer, max(start, scan_from))) is not None:
+            raw = buffer[start : blank.end()]
+            events.append(Event(raw, _data_of(raw[: blank.start() - blank.end()])))
+            start = blank.end()
         self._buffer = buffer[start:]
         return events
 
@@ -50,22 +51,12 @@ class SseParser:
         return self._buffer
 
 
-def _end_of_lf_event(buffer: bytes, start: int) -> int:
-    """Where the next event ends, in a stream without CR: the search that costs least."""
-    at = buffer.find(b"\n\n", start)
-    return at if at == -1 else at + 2
-
-
-def _end_of_event(buffer: bytes, start: int) -> int:
-    match = _BLANK_LINE.search(buffer, start)
-    return -1 if match is None else match.end()
-
-
-def _data_of(raw: bytes) -> bytes | None:
-    if raw.startswith(b"data: ") and raw.endswith(b"\n\n") and raw.find(b"\n") == len(raw) - 2:
-        return raw[6:-2]  # one LF-terminated data line: what engines send
+def _data_of(text: bytes) -> bytes | None:
+    """The data of an event without its blank line."""
+    if text.startswith(b"data: ") and b"\n" not in text and b"\r" not in text:
+        return text[6:]  # a single data line: what engines send
     lines: list[bytes] = []
-    for line in _LINE_END.split(raw):
+    for line in _LINE_END.split(text):
         if line.startswith(b"data:"):
             value = line[5:]
             lines.append(value[1:] if value.startswith(b" ") else value)

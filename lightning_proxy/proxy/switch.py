@@ -13,12 +13,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_proxy.errors import Conflict, EngineError, PublishFailed, UnknownTarget
+from lightning_proxy.errors import (
+    Conflict,
+    EngineError,
+    EngineRefused,
+    LightningError,
+    PublishFailed,
+    UnknownTarget,
+)
 from lightning_proxy.store import PolicyVersion, Store, VersionStatus, Writer
 
 from .engine import Engine
 from .hold import Hold
 from .metrics import Metrics
+from .tasks import Tasks
 
 log = logging.getLogger(__name__)
 CHANGING = "weights are changing"
@@ -39,13 +47,22 @@ class Switch:
     """Knows which version the engine runs, and changes it, one change at a time."""
 
     def __init__(
-        self, *, policy: str, engine: Engine, hold: Hold, writer: Writer, metrics: Metrics, tolerance: float
+        self,
+        *,
+        policy: str,
+        engine: Engine,
+        hold: Hold,
+        writer: Writer,
+        metrics: Metrics,
+        tasks: Tasks,
+        tolerance: float,
     ) -> None:
         self.policy = policy
         self._engine = engine
         self._hold = hold
         self._writer = writer
         self._metrics = metrics
+        self._tasks = tasks
         self._tolerance = tolerance
         self._one_at_a_time = asyncio.Lock()
         # What the engine runs. None as long as the policy has no version in the store: such calls
@@ -86,19 +103,20 @@ class Switch:
         self._serving, self._lost = version, False
 
     async def restore_active(self) -> None:
-        """Make an engine that somebody else started run the active version.
-
-        Version 0 is what such an engine was started with.
-        """
+        """Make an engine that somebody else started run the active version, and go on if it is paused."""
         active = await self._writer.submit(lambda store: store.active_version(self.policy))
-        if active is None or active.version == 0:
-            self._runs(active)
+        if active is None:
+            self._runs(None)
             return
         async with self._one_at_a_time:
             with self._hold.closed(CHANGING):
-                await self._load(active)
+                try:
+                    await self._load(active)
+                except EngineRefused:
+                    if active.version != 0 or self._lost:
+                        raise
+                    self._runs(active)  # weights that cannot be changed are those it began with
                 await self._verify(active)
-                self._runs(active)
 
     async def promote(self, policy: str, version: int) -> Promotion:
         """Let a version take over.
@@ -108,6 +126,21 @@ class Switch:
         """
         if policy != self.policy:
             raise UnknownTarget(f"no policy {policy!r} is served here: it is {self.policy!r}")
+        # Whoever asked may hang up: a change that has begun is brought to its end all the same.
+        change = self._tasks.spawn(f"promotion of version {version}", self._outcome(policy, version))
+        outcome: Promotion | LightningError = await asyncio.shield(change)
+        if isinstance(outcome, LightningError):
+            raise outcome
+        return outcome
+
+    async def _outcome(self, policy: str, version: int) -> Promotion | LightningError:
+        try:
+            return await self._promote(policy, version)
+        except LightningError as error:
+            log.warning("version %d of %s did not take over: %s", version, policy, error)
+            return error
+
+    async def _promote(self, policy: str, version: int) -> Promotion:
         async with self._one_at_a_time:
             target = await self._writer.submit(lambda store: store.get_version(policy, version))
             if target.status is VersionStatus.REJECTED:
@@ -130,23 +163,22 @@ class Switch:
         return await self.promote(policy, version)
 
     async def _take_over(self, target: PolicyVersion) -> float | None:
-        former = self._serving
+        former, was_lost = self._serving, self._lost
         try:
             await self._load(target)
             difference = await self._verify(target)
             await self._writer.submit(lambda store: store.activate_version(target.policy, target.version))
-        except PublishFailed as failure:
-            await self._put_back(former)
-            note = str(failure)
-            await self._writer.submit(lambda store: _reject(store, target, note))
+        except LightningError as failure:
+            if self._serving is not former or self._lost != was_lost:  # else the engine is as it was
+                await self._put_back(former)
+            if isinstance(failure, PublishFailed):
+                note = str(failure)
+                await self._writer.submit(lambda store: _reject(store, target, note))
             raise
-        except EngineError:
-            await self._put_back(former)
-            raise
-        self._runs(target)
         return difference
 
     async def _load(self, version: PolicyVersion) -> None:
+        """Make the engine run a version. From its first token on, calls count as this version's."""
         directory = Path(version.path)
         if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
             # vLLM answers a bad path by dying a call later.
@@ -154,7 +186,12 @@ class Switch:
                 f"{directory} holds no config.json with *.safetensors that can be read from here"
             )
         async with self._engine.paused():
-            await self._engine.reload_weights(directory)
+            try:
+                await self._engine.reload_weights(directory)
+            except EngineError:
+                self.lost()
+                raise
+            self._runs(version)
 
     async def _verify(self, version: PolicyVersion) -> float | None:
         """Largest difference (nats) between the engine's and the trainer's probe logprobs."""
@@ -173,6 +210,8 @@ class Switch:
 
     async def _put_back(self, former: PolicyVersion | None) -> None:
         if former is None:
+            log.error("the store does not know the weights that the engine began with: restart the engine")
+            self.lost()
             return
         try:
             await self._load(former)

@@ -12,7 +12,7 @@ from yarl import URL
 
 from lightning_proxy.errors import ConfigError
 
-from .attribution import KEY_PREFIX, api_key
+from .attribution import KEY_PREFIX, api_keys
 
 # RFC 9110 section 7.6.1, with the headers that older proxies send.
 _HOP_BY_HOP = frozenset(
@@ -102,13 +102,11 @@ class Upstream:
 
     def _set_key(self, headers: CIMultiDict[str]) -> None:
         """A key of ours must not travel; the upstream's own replaces whatever the agent sent."""
-        sent = api_key(headers)
-        ours = sent is not None and (sent.startswith(KEY_PREFIX) or sent == self._token)
-        if self._key is None and not ours:
-            return
         as_x_api_key = "x-api-key" in headers
-        headers.popall("Authorization", None)
-        headers.popall("x-api-key", None)
+        for name in ("Authorization", "x-api-key"):
+            keys = api_keys({name: headers[name]}) if name in headers else []
+            if self._key is not None or any(key.startswith(KEY_PREFIX) or key == self._token for key in keys):
+                headers.popall(name, None)
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
             if as_x_api_key:

@@ -100,13 +100,10 @@ def test_reports_are_found_among_other_lines_once_they_are_whole(tmp_path: Path)
 def test_a_child_that_ends_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
     with Children() as children:
         children.start("serve", [sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path / "log")
-        deadline = time.monotonic() + 20
         with pytest.raises(
             DemoFailed, match=r"`lightning-proxy serve` ended with status 1(.|\n)*no such model"
         ):
-            while time.monotonic() < deadline:
-                children.check()
-                time.sleep(0.02)
+            _check_for_long(children)
 
 
 def test_children_and_their_children_end_with_the_context(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from multidict import CIMultiDict
 from lightning_proxy.errors import InvalidInput, StoreUnavailable
 from lightning_proxy.proxy.attribution import (
     Attribution,
-    api_key,
+    api_keys,
     from_headers,
     own_rollout,
     parse_baggage,
@@ -130,17 +130,18 @@ def test_baggage_is_read_as_the_standard_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "key"),
+    ("sent", "keys"),
     [
-        (headers(Authorization="Bearer k"), "k"),
-        (headers(Authorization="bearer  k "), "k"),
-        (headers(X_Api_Key="k"), "k"),
-        (headers(Authorization="Basic abc", x_api_key="k"), "k"),
-        (headers(), None),
+        (headers(Authorization="Bearer k"), ["k"]),
+        (headers(Authorization="bearer  k "), ["k"]),
+        (headers(X_Api_Key="k"), ["k"]),
+        (headers(Authorization="Basic abc", x_api_key="k"), ["k"]),
+        (headers(Authorization="Bearer k", x_api_key="l"), ["k", "l"]),
+        (headers(), []),
     ],
 )
-def test_a_key_is_found_by_either_convention(sent: CIMultiDict[str], key: str | None) -> None:
-    assert api_key(sent) == key
+def test_keys_are_found_by_either_convention(sent: CIMultiDict[str], keys: list[str]) -> None:
+    assert api_keys(sent) == keys
 
 
 def test_calls_that_nobody_owns_stand_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import socket
@@ -96,7 +97,7 @@ def test_a_conversation_of_several_turns_is_one_rollout_in_order(
         messages += [message, {"role": "user", "content": "go on"}]
     spans = recorded(proxy, 3)
     assert {span.rollout_id for span in spans} == {"r1"}
-    for earlier, later in zip(spans, spans[1:], strict=False):
+    for earlier, later in itertools.pairwise(spans):
         first, second = earlier.generations[0], later.generations[0]
         read = [*first.prompt_token_ids, *first.response_token_ids]
         assert list(second.prompt_token_ids[: len(read)]) == read

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lightning_proxy.store import Fidelity
-from tests.conftest import MakeProxy, ProxyThread, wait_until
+from lightning_proxy.store import Fidelity, Store
+from tests.conftest import MakeProxy, ProxyProcess, ProxyThread, wait_until
 from tests.engine import EngineThread, FakeEngine, Script
 from tests.proxy.raw_http import (
     CHAT,
@@ -60,6 +60,26 @@ def test_an_answer_that_is_cut_is_cut_for_the_agent_too(
         span = recorded(proxy)[0]
         assert (span.error_class, span.fidelity, span.response) == ("cut_stream", Fidelity.INCOMPLETE, None)
         assert (span.status, span.streamed) == (200, streamed)
+
+
+@pytest.mark.parametrize("by", ["close", "reset"])
+def test_the_real_process_cuts_and_notices_hang_ups_as_well(
+    engine: EngineThread, proxy_process: ProxyProcess, by: Any
+) -> None:
+    cut = Script(cut_after=9, cut_by=by).to_header()
+    for streamed in (False, True):
+        with pytest.raises(CUT):
+            send(proxy_process.url, CHAT, {**HELLO, "stream": streamed}, [*JSON, *cut.items()])
+    engine.script(Script(chunk_delay_s=0.05))
+    with Call(proxy_process.url, CHAT, STREAM) as call:
+        call.read_until(b'"content":"')
+        call.hang_up(reset=by == "reset")
+    wait_until(lambda: engine.calls[-1].aborted)
+    with Store.open(proxy_process.db) as store:
+        wait_until(lambda: len(store.list_spans()) == 3)
+        classes = [span.error_class for span in store.list_spans()]
+    assert classes == ["client_disconnect", "cut_stream", "cut_stream"]
+    assert "Traceback" not in proxy_process.log.read_text()
 
 
 def test_what_came_before_a_cut_reached_the_agent_and_the_record(

@@ -398,3 +398,18 @@ def test_an_id_that_is_repeated_with_each_delta_is_not_doubled() -> None:
     for _ in range(2):
         merge_delta(into, {"role": "assistant", "tool_calls": [{"index": 0, "id": "c", "type": "function"}]})
     assert into == {"role": "assistant", "tool_calls": [{"index": 0, "id": "c", "type": "function"}]}
+
+
+def test_two_pieces_of_a_tool_call_in_one_chunk_reach_the_agent_as_they_came() -> None:
+    # vLLM's hermes parser sends the name and the beginning of the arguments as two items.
+    pieces = [
+        {"index": 0, "id": "call-1", "type": "function", "function": {"name": "sql", "arguments": ""}},
+        {"index": 0, "function": {"arguments": '{"query": "'}},
+    ]
+    delta = {"tool_calls": pieces}
+    before = orjson.dumps(delta)
+    message: dict[str, Any] = {}
+    merge_delta(message, delta)
+    merge_delta(message, {"tool_calls": [{"index": 0, "function": {"arguments": 'x"}'}}]})
+    assert orjson.dumps(delta) == before
+    assert message["tool_calls"][0]["function"] == {"name": "sql", "arguments": '{"query": "x"}'}

@@ -26,8 +26,8 @@ class ChatWire(Wire):
 
 
 class _ChatCollector(Collector):
-    def _logprobs_of(self, choice: Json) -> list[float]:
-        return [entry["logprob"] for entry in choice["logprobs"].get("content") or ()]
+    def _logprobs_of(self, logprobs: Json) -> list[float]:
+        return [entry["logprob"] for entry in logprobs.get("content") or ()]
 
     def _take_content(self, choice: Json, state: Choice) -> None:
         body = state.body

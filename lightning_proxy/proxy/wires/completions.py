@@ -23,8 +23,8 @@ class CompletionsWire(Wire):
 
 
 class _CompletionsCollector(Collector):
-    def _logprobs_of(self, choice: Json) -> list[float]:
-        return choice["logprobs"].get("token_logprobs") or []
+    def _logprobs_of(self, logprobs: Json) -> list[float]:
+        return logprobs.get("token_logprobs") or []
 
     def _take_content(self, choice: Json, state: Choice) -> None:
         body = state.body
