@@ -44,7 +44,7 @@ START_TIMEOUT_S = 600.0
 TRAIN_TIMEOUT_S = 300.0
 GOAL = 0.8  # what held-out success must exceed
 STOP_AT = 0.9  # held-out success at which we are content
-_EVALUATE_FROM = 0.6  # mean reward of an iteration below which held-out success is not worth measuring yet
+_EVALUATE_EVERY = 2  # iterations
 _MARKER = "this-is-a-lightning-demo"
 
 _CONFIG = """\
@@ -218,7 +218,7 @@ class Turn:
         turn = Iteration(mean, sampled - clock, rewarded - sampled, trained - rewarded - swap_s, swap_s)
         turn.version = report["version"]
         result.iterations.append(turn)
-        if mean >= _EVALUATE_FROM and number % 2 == 1:
+        if number % _EVALUATE_EVERY == _EVALUATE_EVERY - 1:
             self._measure(result)
 
     def measure_last(self, result: DemoResult) -> None:
@@ -275,7 +275,10 @@ class Turn:
         write_results(results_file, results)
         command = [sys.executable, "-m", "lightning_proxy.demo.grade", "--url", self._proxy.url]
         command += ["--tasks", str(tasks_file), "--results", str(results_file)]
-        return float(json.loads(run_to_end(command, self._workdir / "grade.log"))["mean"])
+        mean = float(json.loads(run_to_end(command, self._workdir / "grade.log"))["mean"])
+        if mean == 0:
+            raise DemoFailed(f"not one of {len(results)} answers was right: there is nothing to learn from")
+        return mean
 
     def _await_training(self) -> dict[str, Any]:
         """The report of the pass that used what was just rewarded."""

@@ -6,8 +6,9 @@ that nobody's rollout ever holds somebody else's call.
 
 from __future__ import annotations
 
+import random
 import re
-import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import unquote
@@ -94,8 +95,11 @@ def parse_baggage(header: str) -> dict[str, str]:
 
 
 def own_rollout() -> Attribution:
-    """A rollout of its own for a call that nothing attributes."""
-    return Attribution(f"auto-{secrets.token_hex(8)}")
+    """A rollout of its own for a call that nothing attributes.
+
+    Its id begins with the time, so that neighbours in time are neighbours in the database's indexes.
+    """
+    return Attribution(f"auto-{time.time_ns():x}-{random.getrandbits(32):08x}")
 
 
 def api_keys(headers: Mapping[str, str]) -> list[str]:

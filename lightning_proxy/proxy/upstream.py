@@ -125,5 +125,8 @@ def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     dropped = _HOP_BY_HOP
     if "Connection" in headers:
         named = ",".join(headers.getall("Connection")).lower().split(",")
-        dropped = dropped | {name.strip() for name in named}
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)
+        dropped = dropped | {name.strip() for name in named if name.strip()}
+    kept = CIMultiDict(headers)
+    for name in dropped:
+        kept.popall(name, None)
+    return kept

@@ -41,7 +41,7 @@ CREATE TABLE rollout_keys (
 ) WITHOUT ROWID;
 
 CREATE TABLE spans (
-  span_id            INTEGER PRIMARY KEY AUTOINCREMENT,
+  span_id            INTEGER PRIMARY KEY,
   rollout_id         TEXT NOT NULL REFERENCES rollouts,
   attempt            INTEGER NOT NULL,
   role               TEXT,
