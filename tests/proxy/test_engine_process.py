@@ -19,7 +19,7 @@ import pytest
 
 from lightning_proxy.config.settings import EngineSettings
 from lightning_proxy.errors import ConfigError, EngineDied
-from lightning_proxy.proxy.engine_process import EngineCommand, EngineProcess, build_command
+from lightning_proxy.proxy.engine_process import EngineCommand, EngineProcess, build_command, has_tied_head
 
 SCRIPT = Path(__file__).with_name("engine_script.py")
 
@@ -250,3 +250,10 @@ def test_the_shells_environment_beats_our_defaults_and_the_settings_beat_the_she
 def test_what_is_ours_to_choose_cannot_be_set_by_the_user(argument: str) -> None:
     with pytest.raises(ConfigError, match=r"chosen by lightning-proxy"):
         words(EngineSettings(args=(argument, "x")), cpu=True)
+
+
+def test_a_tied_head_is_recognised_by_the_models_configuration(tmp_path: Path) -> None:
+    for text, tied in (('{"tie_word_embeddings": true}', True), ("{}", False), ("no json", False)):
+        (tmp_path / "config.json").write_text(text)
+        assert has_tied_head(tmp_path) is tied
+    assert not has_tied_head(tmp_path / "absent")
