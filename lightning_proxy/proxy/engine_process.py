@@ -83,9 +83,9 @@ def vllm_command(settings: EngineSettings, policy: str, model: Path, port: int) 
     cpu = runs_on_cpu()
     if cpu and has_tied_head(model):
         log.warning(
-            "%s ties its output head to its embeddings: vLLM's CPU build keeps a packed copy of such a head that "
-            "a change of weights does not reach, so new versions of it will be rejected; untie the head, or "
-            "serve it on a GPU", model,
+            "%s ties its output head to its embeddings: vLLM's CPU build keeps a packed copy of such a "
+            "head that a change of weights does not reach, so new versions will be rejected; untie the "
+            "head, or serve it on a GPU", model,
         )  # fmt: skip
     return build_command(settings, policy, model, port, cpu=cpu)
 
