@@ -23,10 +23,12 @@ import runpy
 import selectors
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 _STDIN, _STDOUT = 0, 1
@@ -141,22 +143,37 @@ class Host:
                 os.kill(run.pid, signal.SIGKILL)
 
 
+class _Canned(BaseHTTPRequestHandler):
+    """Answers any call with one short stream."""
+
+    def do_POST(self) -> None:  # noqa: N802  the name that http.server calls
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(_CANNED.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
 def warm_up() -> None:
-    """Import what a call through the SDK needs, by making one that never leaves this process."""
-    import httpx
+    """Import what a call through the SDK needs, by making one to a server of our own."""
+    import sqlite3  # noqa: F401  what a script may use beside the SDK
+
     import openai
 
-    transport = httpx.MockTransport(
-        lambda _: httpx.Response(200, headers={"content-type": "text/event-stream"}, text=_CANNED)
-    )
-    client = openai.OpenAI(
-        base_url="http://warm-up/v1", api_key="none", http_client=httpx.Client(transport=transport)
-    )
-    for _ in client.chat.completions.create(
-        model="m", messages=[{"role": "user", "content": "warm up"}], stream=True
-    ):
-        pass
-    client.close()
+    server = HTTPServer(("127.0.0.1", 0), _Canned)
+    answering = threading.Thread(target=server.handle_request)
+    answering.start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        for _ in client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "warm up"}], stream=True
+        ):
+            pass
+    answering.join()  # a process must have one thread when it forks
+    server.server_close()
     gc.collect()
     gc.freeze()  # children share these pages
 

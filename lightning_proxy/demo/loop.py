@@ -43,7 +43,9 @@ ITERATIONS = 16
 START_TIMEOUT_S = 600.0
 TRAIN_TIMEOUT_S = 300.0
 GOAL = 0.8  # what held-out success must exceed
-STOP_AT = 0.9  # held-out success at which we are content
+STOP_AT = 0.9  # held-out success at which we are content,
+STOP_AT_SAMPLED = 0.8  # once sampling, which explores, succeeds this often too
+STOP_AFTER_S = 270.0  # or has had this long for it
 _EVALUATE_EVERY = 2  # iterations
 _MARKER = "this-is-a-lightning-demo"
 
@@ -121,6 +123,12 @@ class DemoResult:
         """Whether held-out success went over the goal."""
         return self.final > GOAL
 
+    @property
+    def content(self) -> bool:
+        """Whether further iterations would show nothing new."""
+        far = self.iterations[-1].reward >= STOP_AT_SAMPLED or self.seconds >= STOP_AFTER_S
+        return self.final >= STOP_AT and far
+
     def summary(self) -> dict[str, Any]:
         """What ``lightning-proxy demo --json`` prints."""
         return {
@@ -147,7 +155,7 @@ def run_demo(
     iterations: int = ITERATIONS,
     say: Say = print,
 ) -> DemoResult:
-    """Run the loop in ``workdir`` until held-out success reaches STOP_AT, or ``iterations`` times.
+    """Run the loop in ``workdir`` until it has learned (``DemoResult.content``), or ``iterations`` times.
 
     Leaves ``curve.json`` and ``curve.png`` there, beside the database, the logs and all weights.
     Raises DemoFailed, with the end of the log that tells why, if a part of it fails.
@@ -163,7 +171,7 @@ def run_demo(
             turn.take(number, result)
             result.seconds = time.monotonic() - began
             say(describe(number, result))
-            if result.final >= STOP_AT:
+            if result.content:
                 break
         turn.measure_last(result)
     result.seconds = time.monotonic() - began
