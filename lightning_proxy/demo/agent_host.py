@@ -146,7 +146,7 @@ class Host:
 class _Canned(BaseHTTPRequestHandler):
     """Answers any call with one short stream."""
 
-    def do_POST(self) -> None:  # noqa: N802  the name that http.server calls
+    def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")

@@ -21,11 +21,17 @@ from tests.engine import EngineThread, Script
 AGENT = Path(agent.__file__)
 
 
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[AgentHost]:
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("agents") / "agents.log"
+
+
+@pytest.fixture(scope="module")
+def host(log: Path) -> Iterator[AgentHost]:
+    """One for all: it takes a second to start, and knows of no proxy until a job names one."""
     with (
-        (tmp_path / "agents.log").open("wb") as log,
-        AgentHost(log=log, no_certificates=tmp_path / "none", concurrency=4, timeout_s=20) as started,
+        log.open("wb") as file,
+        AgentHost(log=file, no_certificates=log.parent / "none", concurrency=4, timeout_s=20) as started,
     ):
         yield started
 
@@ -155,7 +161,7 @@ def test_every_run_is_a_process_of_its_own_under_its_rollout(
 
 
 def test_an_agent_that_crashes_is_recorded_as_failed(
-    api: ProxyApi, proxy: ProxyThread, engine: EngineThread, host: AgentHost, tmp_path: Path
+    api: ProxyApi, proxy: ProxyThread, engine: EngineThread, host: AgentHost, log: Path, tmp_path: Path
 ) -> None:
     engine.script(Script(status=400), times=10)
     result = _run(api, host, tmp_path)
@@ -163,4 +169,4 @@ def test_an_agent_that_crashes_is_recorded_as_failed(
     with proxy.store() as store:
         rollout = store.get_rollout(result.rollout_id)
     assert (rollout.state.value, rollout.reason) == ("failed", "the agent ended with 1")
-    assert "BadRequestError" in (tmp_path / "agents.log").read_text()
+    assert "BadRequestError" in log.read_text()

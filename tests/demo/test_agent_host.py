@@ -34,7 +34,7 @@ def host(tmp_path: Path) -> Iterator[AgentHost]:
     with (
         (tmp_path / "log").open("wb") as log,
         AgentHost(
-            log=log, no_certificates=tmp_path / "none", script=script, concurrency=3, timeout_s=3.0
+            log=log, no_certificates=tmp_path / "none", script=script, concurrency=3, timeout_s=2.0
         ) as it,
     ):
         yield it
@@ -69,7 +69,7 @@ def test_runs_end_as_they_would_on_their_own(host: AgentHost, tmp_path: Path) ->
 
 
 def test_more_jobs_than_fit_into_a_pipe_are_all_run(host: AgentHost) -> None:
-    jobs = [_job(str(number), "say", "x" * 2000) for number in range(100)]
+    jobs = [_job(str(number), "say", "x" * 2000) for number in range(40)]
     assert {status for status, _ in _run(host, *jobs).values()} == {0}
 
 
