@@ -129,6 +129,7 @@ def _watch(settings: Settings, as_json: bool) -> NoReturn:
         _progress() as progress,
         Trainer(settings, store=store, progress=progress) as trainer,
     ):
+        trainer.preload()
         while True:
             try:
                 report = trainer.train_once()

@@ -8,6 +8,7 @@ from typing import Self
 from lightning_proxy.config.settings import Settings
 from lightning_proxy.errors import NothingToTrain
 from lightning_proxy.store import Store
+from lightning_proxy.trainer.backend import preload
 from lightning_proxy.trainer.lease import Lease
 from lightning_proxy.trainer.report import Outcome, TrainReport
 from lightning_proxy.trainer.steps import Pass, Progress
@@ -69,6 +70,10 @@ class Trainer:
         return train_once(
             self._settings, store=self._store, progress=self._progress, dry_run=dry_run, warm=self._warm
         )
+
+    def preload(self) -> None:
+        """Load now what the first pass would load. A wrong estimator is refused before there is work."""
+        preload(self._settings.train)
 
     def close(self) -> None:
         """Give the update engine back."""

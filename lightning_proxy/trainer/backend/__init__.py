@@ -70,6 +70,12 @@ def estimator(settings: TrainSettings) -> AdvantageEstimator:
     )
 
 
+def preload(settings: TrainSettings) -> None:
+    """Import verl now (some ten seconds) rather than in the first pass. Raises as the two above."""
+    estimator(settings)
+    _load("verl_backend", settings)
+
+
 def _load(module: str, settings: TrainSettings) -> ModuleType:
     # All are read once, on import. OpenMP's waiting threads would otherwise spin, and take the CPU from
     # whatever else runs on the machine, the engine first of all.
