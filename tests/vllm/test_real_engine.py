@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import urllib.error
 import urllib.request
@@ -133,6 +134,8 @@ def joined(before: Any, after: Any, key: str = "") -> Any:
 def without_random(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: "drawn" if k in ("id", "created") else without_random(v) for k, v in value.items()}
+    if isinstance(value, float):
+        return Close(value)
     return [without_random(item) for item in value] if isinstance(value, list) else value
 
 
@@ -144,12 +147,25 @@ def test_an_agent_gets_what_vllm_itself_would_have_answered(
     direct = post(served.engine_url + path, body)
     through_us = post(served.url + path, body)
     assert through_us[0] == direct[0]
-    random_length = body.get("stream") or direct[0] >= 400
+    # Ids in error texts and the last digit of logprobs differ from call to call.
+    random_length = body.get("stream") or body.get("logprobs") or direct[0] >= 400
     skip = {"content-length"} if random_length else set()
     assert {k: v for k, v in through_us[1].items() if k not in skip} == {
         k: v for k, v in direct[1].items() if k not in skip
     }
     assert comparable(through_us[2]) == comparable(direct[2])
+
+
+class Close(float):
+    """A number that equals what is within the noise of float32: batches are not always cut alike."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and math.isclose(self, other, rel_tol=1e-4, abs_tol=1e-4)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None  # type: ignore[assignment]  # equality is not transitive
 
 
 def spans_of(served: Served, rollout_id: str) -> list[Span]:
