@@ -86,7 +86,8 @@ class Forwarder:
         wire = wire_for(request.method, split.path.partition("?")[0])
         if wire is None:
             return await self._untouched(request, split)
-        return await self._captured(request, split, wire)
+        with self._recorder.call_under_way():
+            return await self._captured(request, split, wire)
 
     # -- calls that we do not read -----------------------------------------------------------
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_proxy.errors import StoreUnavailable
@@ -27,6 +29,15 @@ class Recorder:
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._waiting_helps = True
+
+    @contextmanager
+    def call_under_way(self) -> Iterator[None]:
+        """A call whose span will come at the end of the block: its neighbours may wait for it."""
+        self._writer.on_their_way += 1
+        try:
+            yield
+        finally:
+            self._writer.on_their_way -= 1
 
     async def commit(self, span: Span) -> None:
         """Return once the span is durable, or the store is in trouble."""
