@@ -207,8 +207,7 @@ class Forwarder:
         self._recorder.submit(span)
 
     def _count(self, call: Call, span: Span) -> None:
-        self._metrics.calls.labels(call.wire.name, _status_class(call.status)).inc()
-        self._metrics.call_seconds.observe(span.ended_at - span.started_at)
+        self._metrics.count_call(call.wire.name, _status_class(call.status), span.ended_at - span.started_at)
         if span.error_class is not None:
             self._metrics.upstream_errors.labels(span.error_class).inc()
         if call.fault is not None:

@@ -15,6 +15,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
+        self._calls: dict[tuple[str, str], Counter] = {}
         self.calls = Counter(
             "lightning_calls",
             "Calls forwarded, by wire and status",
@@ -52,6 +53,14 @@ class Metrics:
         self.swap_seconds = Histogram(
             "lightning_swap_seconds", "Length of weight changes", buckets=_SLOW, registry=registry
         )
+
+    def count_call(self, wire: str, status: str, seconds: float) -> None:
+        """One captured call. The labels' children are kept: looking them up costs more than counting."""
+        child = self._calls.get((wire, status))
+        if child is None:
+            child = self._calls[wire, status] = self.calls.labels(wire, status)
+        child.inc()
+        self.call_seconds.observe(seconds)
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Show a number that is read when somebody looks."""

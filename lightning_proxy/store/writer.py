@@ -1,9 +1,9 @@
 """The one writer thread of an asyncio process, and its group commit.
 
 Whatever waits when the thread gets round to it is written in one transaction. An idle process
-commits at once. In a busy one, where several spans are on their way, a commit waits a moment for
-their company, since ten spans cost little more than one (PostgreSQL's ``commit_delay`` and
-``commit_siblings`` do the same).
+commits at once. In a busy one, where commits follow one another and several spans are on their way,
+a commit waits a moment for their company, since ten spans cost little more than one (PostgreSQL's
+``commit_delay`` and ``commit_siblings`` do the same).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +30,8 @@ _log = logging.getLogger(__name__)
 _WHY_DROPPED = "a span was dropped while the database was unavailable"
 _LARGEST_BATCH = 256  # so that other processes get their turn, and the first in line their answer
 _COMMIT_SIBLINGS = 4  # spans on their way from which on a commit waits
-_COMMIT_DELAY_S = 0.002
+_COMMIT_DELAY_S = 0.005
+_BUSY_S = 0.010  # since the last commit: longer ago, and company is unlikely to come
 _SHORTEST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 
@@ -87,6 +89,7 @@ class Writer:
         self._incomplete: dict[str, str] = {}  # rollouts that lost a span: why
         self._idle = False  # the thread waits on _wake
         self._closing = False
+        self._committed_at = 0.0  # monotonic
         self._wake = threading.Semaphore(0)
         self._give_up = threading.Event()
         self._thread: threading.Thread | None = None
@@ -216,13 +219,17 @@ class Writer:
                 self._idle = not (self._waiting or self._closing)
             if self._idle:
                 self._wake.acquire()
-        if len(self._waiting) < self.on_their_way >= _COMMIT_SIBLINGS:
+        if self._company_will_come():
             self._give_up.wait(_COMMIT_DELAY_S)
         with self._lock:
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _LARGEST_BATCH))]
             self._in_hand = len(batch)
             self._waiting_spans -= sum(job.span is not None for job in batch)
             return batch
+
+    def _company_will_come(self) -> bool:
+        busy = time.monotonic() - self._committed_at < _BUSY_S and not self._closing
+        return busy and len(self._waiting) < self.on_their_way >= _COMMIT_SIBLINGS
 
     def _write(self, store: Store, batch: list[_Job]) -> list[_Outcome]:
         """Commit a batch. Savepoints cost more than the writes, so they are for when they are needed."""
@@ -280,6 +287,7 @@ class Writer:
         if not self.healthy:
             _log.warning("%s: can be written again; %d spans were dropped so far", self.path, self.dropped)
         self.healthy = True
+        self._committed_at = time.monotonic()
         self._in_hand = 0
         self._call_loop(_resolve, outcomes)
 
