@@ -17,7 +17,7 @@ test: setup lint types ## Lint, types and all tests, real vLLM and verl among th
 	@$(BIN)/pytest $(ARGS)
 
 test-fast: setup lint types ## The same without vLLM and verl, for daily work
-	@$(BIN)/pytest -m "not vllm and not train" $(ARGS)
+	@$(BIN)/pytest -n 2 -m "not vllm and not train" $(ARGS)
 
 lint: setup ## ruff
 	@$(BIN)/ruff check .
