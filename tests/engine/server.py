@@ -1,7 +1,8 @@
 """The fake vLLM's routes.
 
-Routes of vLLM 0.31: ``/v1/models``, ``/v1/chat/completions``, ``/v1/completions``, ``/health``,
-``/version``, ``/pause``, ``/resume``, ``/collective_rpc`` (reload_weights), ``/reset_prefix_cache``.
+Routes of vLLM 0.31: ``/v1/models``, ``/v1/chat/completions``, ``/v1/completions``,
+``/v1/responses`` (and GET of one), ``/health``, ``/version``, ``/pause``, ``/resume``,
+``/collective_rpc`` (reload_weights), ``/reset_prefix_cache``.
 Routes of its own: ``/_script`` (POST, DELETE), ``/_requests`` (GET, DELETE), ``/_drop_idle`` (POST).
 Anything else is echoed: body and content headers as they came, method and target as headers.
 """
@@ -19,13 +20,14 @@ from uuid import uuid4
 
 import orjson
 
-from tests.engine import shapes
+from tests.engine import responses, shapes
 from tests.engine.connection import Connection, Request, chunk_of, head_of
 from tests.engine.model import Model, Reply, weights_of
 from tests.engine.script import HEADER, Script
 
 PLAIN = Script()
-MODEL_CALLS = ("/v1/chat/completions", "/v1/completions")
+RESPONSES = "/v1/responses"
+MODEL_CALLS = ("/v1/chat/completions", "/v1/completions", RESPONSES)
 _ID = "0123456789abcdef" * 2  # stands in a prepared answer until the answer goes out
 _CREATED = 1_700_000_000
 KEPT_REQUESTS = 10_000
@@ -42,6 +44,7 @@ class FakeEngine:
         owner: str = "vllm",
         weights: Path | None = None,
         refuse_token_ids: bool = False,
+        store_responses: bool = False,
         script: Script = PLAIN,
     ) -> None:
         base = model or Model()
@@ -51,6 +54,7 @@ class FakeEngine:
         self.owner = owner
         self.root = str(weights) if weights else name
         self.refuse_token_ids = refuse_token_ids
+        self.stored: dict[str, bytes] | None = {} if store_responses else None  # responses by their id
         self.default = script
         self.requests: deque[Request] = deque(maxlen=KEPT_REQUESTS)
         self.poisoned = False  # a bad reload: the next inference takes the engine down, as vLLM's does
@@ -125,6 +129,8 @@ class FakeEngine:
             await route(request, connection)
         elif request.method == "POST" and request.path in MODEL_CALLS:
             await self._infer(request, connection, script)
+        elif request.method == "GET" and request.path.startswith(f"{RESPONSES}/"):
+            await self._stored_response(request, connection)
         else:
             await self._echo(request, connection, script)
 
@@ -146,7 +152,7 @@ class FakeEngine:
         except ValueError as error:
             await connection.answer_json(400, shapes.error(400, f"{error}", "Bad Request"))
             return
-        refusal = self._refusal(body)
+        refusal = self._refusal(request.path, body)
         if refusal is not None:
             await connection.answer_json(refusal["error"]["code"], refusal)
             return
@@ -164,9 +170,12 @@ class FakeEngine:
         finally:
             self._busy -= 1
 
-    def _refusal(self, body: Mapping[str, Any]) -> dict[str, Any] | None:
-        if self.refuse_token_ids and "return_token_ids" in body:
-            return shapes.error(400, "Unrecognized request argument supplied: return_token_ids")
+    def _refusal(self, path: str, body: Mapping[str, Any]) -> dict[str, Any] | None:
+        for unknown in ("return_token_ids", "enable_response_messages"):
+            if self.refuse_token_ids and unknown in body:
+                return shapes.error(400, f"Unrecognized request argument supplied: {unknown}")
+        if path == RESPONSES and (why := responses.refusal(body)) is not None:
+            return shapes.error(400, why)
         wanted = body.get("model")
         if wanted is not None and wanted != self.name:
             return shapes.error(404, f"The model `{wanted}` does not exist.", "NotFoundError")
@@ -180,7 +189,18 @@ class FakeEngine:
                 self._note_switch(switches, step)
         answer_id = _fresh_id(request.path)
         raw = _whole_answer(request.path, request.body, script, self.model, tuple(switches), self.name)
-        await self._send_whole(connection, script, raw.replace(_ID.encode(), answer_id, 1), 200)
+        raw = raw.replace(_ID.encode(), answer_id, 1)
+        if self.stored is not None and request.path == RESPONSES:
+            self.stored[orjson.loads(raw)["id"]] = raw
+        await self._send_whole(connection, script, raw, 200)
+
+    async def _stored_response(self, request: Request, connection: Connection) -> None:
+        response_id = request.path.removeprefix(f"{RESPONSES}/")
+        raw = (self.stored or {}).get(response_id)
+        if raw is None:
+            await connection.answer_json(404, responses.not_found(response_id))
+        else:
+            await connection.answer(200, raw, {"content-type": "application/json"})
 
     async def _stream(self, request: Request, connection: Connection, script: Script) -> None:
         answer_id, mark = _fresh_id(request.path), _ID.encode()
@@ -196,15 +216,17 @@ class FakeEngine:
                 await out.cut()
                 return
             if script.error_after == i:
-                await out.event(shapes.sse(shapes.error(500, "the engine failed", "InternalServerError")))
+                await out.event(_failure(request.path, i))
+                break
+            if script.without_done and request.path == RESPONSES and i == len(events) - 1:
                 break
             await out.event(events[i].replace(mark, answer_id, 1))
             if script.garbage and i == 1:
                 await out.event(b'data: {"choices": [{"delta"\n\n')
-            if self._aborting():
+            if self._aborting() and request.path != RESPONSES:
                 await out.event(shapes.sse(shapes.aborted(events[0])).replace(mark, answer_id, 1))
                 break
-        if not script.without_done:
+        if not script.without_done and request.path != RESPONSES:
             await out.event(b"data: [DONE]\n\n")
         await out.end()
 
@@ -389,7 +411,15 @@ def _fresh_id(path: str) -> bytes:
 
 
 def _head(path: str, name: str) -> shapes.Head:
-    return shapes.Head(f"{'chatcmpl' if 'chat' in path else 'cmpl'}-{_ID}", _CREATED, name)
+    kind = "resp_" if path == RESPONSES else "chatcmpl-" if "chat" in path else "cmpl-"
+    return shapes.Head(f"{kind}{_ID}", _CREATED, name)
+
+
+def _failure(path: str, number: int) -> bytes:
+    """An error in mid-stream."""
+    if path == RESPONSES:
+        return responses.sse(responses.broken(number))
+    return shapes.sse(shapes.error(500, "the engine failed", "InternalServerError"))
 
 
 # Preparing an answer costs more than sending it. A benchmark sends few different requests, so
@@ -398,8 +428,9 @@ def _head(path: str, name: str) -> shapes.Head:
 
 @lru_cache(maxsize=256)
 def _reply(body: bytes, script: Script, model: Model, switches: tuple[tuple[int, int], ...]) -> Reply:
+    parsed = orjson.loads(body)
     return model.generate(
-        orjson.loads(body),
+        responses.as_chat(parsed) if "input" in parsed else parsed,
         text=script.text,
         tool_calls=script.tool_calls,
         tokens=script.tokens,
@@ -414,6 +445,8 @@ def _whole_answer(
     parsed, reply = orjson.loads(body), _reply(body, script, model, switches)
     if path.startswith("/v1/chat/"):
         return orjson.dumps(shapes.chat(_head(path, name), parsed, reply))
+    if path == RESPONSES:
+        return orjson.dumps(responses.response(_head(path, name), parsed, reply))
     return orjson.dumps(shapes.completion(_head(path, name), parsed, reply, model))
 
 
@@ -422,6 +455,9 @@ def _stream_events(
     path: str, body: bytes, script: Script, model: Model, switches: tuple[tuple[int, int], ...], name: str
 ) -> tuple[bytes, ...]:
     parsed, reply = orjson.loads(body), _reply(body, script, model, switches)
+    if path == RESPONSES:
+        made = responses.events(_head(path, name), parsed, reply, script.tokens_per_chunk)
+        return tuple(responses.sse(event) for event in made)
     make = shapes.chat_chunks if path.startswith("/v1/chat/") else shapes.completion_chunks
     return tuple(
         shapes.sse(chunk) for chunk in make(_head(path, name), parsed, reply, script.tokens_per_chunk)

@@ -74,7 +74,7 @@ def chat_chunks(head: Head, body: Mapping[str, Any], reply: Reply, per_chunk: in
         choice = {"index": index, "delta": role, "logprobs": None, "finish_reason": None}
         prompt = list(reply.prompt_token_ids) if ids else None
         yield {**base, "choices": [choice], "prompt_token_ids": prompt, "prompt_text": None}
-    for index, steps, delta, finish in _in_turn(reply, per_chunk):
+    for index, steps, delta, finish in in_turn(reply, per_chunk):
         logprobs = _chat_logprobs(body, steps)
         if delta is None and finish is None and logprobs is None and not ids:
             continue  # the tool parser had nothing to say, and nobody wants the tokens
@@ -130,7 +130,7 @@ def completion_chunks(
         "model": head.model,
     }
     offsets = [0] * len(reply.choices)
-    for index, steps, _, finish in _in_turn(reply, per_chunk):
+    for index, steps, _, finish in in_turn(reply, per_chunk):
         first = steps[0] is reply.choices[index].steps[0]
         chunk: Json = {
             "index": index,
@@ -172,7 +172,7 @@ def sse(event: Json) -> bytes:
     return b"data: " + orjson.dumps(event) + b"\n\n"
 
 
-def _in_turn(reply: Reply, per_chunk: int) -> Iterator[tuple[int, Sequence[Step], Json | None, str | None]]:
+def in_turn(reply: Reply, per_chunk: int) -> Iterator[tuple[int, Sequence[Step], Json | None, str | None]]:
     """Choices take turns, ``per_chunk`` tokens each: index, steps, chat delta, finish reason."""
     deltas = [_deltas(choice) for choice in reply.choices]
     longest = max(len(choice.steps) for choice in reply.choices)
