@@ -59,6 +59,7 @@ class Call:
 
     def finish_stream(self) -> bytes:
         """The stream came to a clean end; return what is left of it."""
+        self._collector.stream_over()
         self.ended = True
         return self._events.rest()
 

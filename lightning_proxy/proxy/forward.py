@@ -26,11 +26,13 @@ from .metrics import Metrics
 from .recorder import Recorder
 from .switch import Switch
 from .upstream import Upstream, response_headers
-from .wires import Wire, wire_for
+from .wires import ResponsesWire, Wire, wire_for
 from .wires.base import Untranslatable
 
 log = logging.getLogger(__name__)
 _SMALL_BODY = 2**20  # bytes
+# What the engine answers to a request that it does not take, before it has done anything.
+_REFUSED = frozenset((400, 404, 405, 413, 415, 422, 501))
 
 
 class UpstreamCut(Exception):
@@ -123,8 +125,7 @@ class Forwarder:
         call = await self._begin(request, split, wire, headers)
         try:
             try:
-                path = _redirected(split.path, call.prepared.path)
-                answer = await self._upstream.open(request.method, path, headers, call.prepared.body)
+                answer = await self._open(request, split, call, headers)
             except (aiohttp.ClientError, TimeoutError) as error:
                 call.status = 502
                 await self._commit(call, "upstream_unreachable", str(error))
@@ -141,13 +142,29 @@ class Forwarder:
                 self._submit(call, error_class, repr(gone))
             raise
 
+    async def _open(
+        self, request: web.Request, split: SplitPath, call: Call, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
+        """Send the call. What we made of it and the engine refuses, is sent as the agent meant it."""
+        while True:
+            prepared = call.prepared
+            path = _redirected(split.path, prepared.path)
+            answer = await self._upstream.open(request.method, path, headers, prepared.body)
+            if prepared.fallback is None or answer.status not in _REFUSED:
+                return answer
+            await answer.read()  # so that its connection can be used again
+            call.prepared = prepared.fallback
+
     async def _begin(
         self, request: web.Request, split: SplitPath, wire: Wire, headers: Mapping[str, str]
     ) -> Call:
         body = await request.read()
         encoded = hdrs.CONTENT_ENCODING in request.headers
         parsed = {} if encoded else parse_request(body)
-        prepared = wire.prepare(body, parsed, tokens=bool(parsed) and await self._asks_for_tokens(headers))
+        tokens = bool(parsed) and await self._asks_for_tokens(headers)
+        if tokens and isinstance(wire, ResponsesWire):
+            wire = ResponsesWire(await self._engine.responses.habits(parsed.get("model"), headers))
+        prepared = wire.prepare(body, parsed, tokens=tokens)
         policy, version = self._switch.policy_of(parsed.get("model"))
         return Call(
             wire=wire,

@@ -62,6 +62,13 @@ class Collector(ABC):
         """Take the body of an answer with a status of 400 or more."""
         return body
 
+    def stream_over(self) -> None:  # noqa: B027 - most have nothing to say to that
+        """The engine's stream came to a clean end.
+
+        Raises Untranslatable where the agent, too, would take that for the end of its answer, but
+        what it has got is not whole.
+        """
+
     @property
     @abstractmethod
     def finished(self) -> bool:
@@ -84,6 +91,7 @@ class Prepared:
     collector: Collector
     sampling: Json  # the parameters that shape the distribution the tokens come from
     path: str | None = None  # where it goes in place of the agent's path, query excluded
+    fallback: Prepared | None = None  # sent in its place where the engine refuses this one
 
 
 class Wire(ABC):

@@ -91,6 +91,11 @@ class TranslatedCollector(Collector):
         except CAPTURE_FAULTS:
             return body
 
+    def stream_over(self) -> None:
+        """See :class:`Collector`."""
+        if not self.ended:
+            raise Untranslatable("the stream ended without [DONE]")
+
     @property
     def finished(self) -> bool:
         """See :class:`Collector`."""
