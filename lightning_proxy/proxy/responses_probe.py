@@ -93,7 +93,7 @@ class ResponsesProbe:
         if await self._stores(http, shell["id"]):
             return Habits(asks=True)  # what it has not answered itself, it could not build upon
         try:
-            forces = (await self._begun(http, model, "required"))["text"] is None
+            forces = (await self._begun(http, model, "required"))["text"] is None  # a grammar replaces it
         except _Refused:
             forces = False
         limit = int((await self._begun(http, model, "auto"))["max_output_tokens"])
@@ -102,7 +102,7 @@ class ResponsesProbe:
         return Habits(
             asks=True,
             shell=shell,
-            tool=tool,
+            tool={**dict.fromkeys(tool), "type": "function"},
             max_model_len=length,
             limit=None if limit >= room else limit,
             forces_tools=forces,
@@ -116,7 +116,8 @@ class ResponsesProbe:
 
     async def _begun(self, http: aiohttp.ClientSession, model: str, choice: str) -> Json:
         """The response in the first event of a stream that has no limit of its own."""
-        body = {"model": model, "input": "x", "tools": [_FUNCTION], "tool_choice": choice, "stream": True}
+        form = {"text": {"format": {"type": "text"}}, "stream": True}
+        body = {"model": model, "input": "x", "tools": [_FUNCTION], "tool_choice": choice, **form}
         async with http.post(f"{self._base}/responses", json=body) as answer:
             if answer.status >= 400:
                 raise _Refused(answer.status)
@@ -137,7 +138,13 @@ class ResponsesProbe:
         return lengths[0]
 
 
-_FUNCTION = {"type": "function", "name": "f"}
+# Some templates want a description and parameters.
+_FUNCTION = {
+    "type": "function",
+    "name": "f",
+    "description": "x",
+    "parameters": {"type": "object", "properties": {}},
+}
 
 
 async def _json(http: aiohttp.ClientSession, method: str, url: str, body: Json | None = None) -> Any:

@@ -78,7 +78,8 @@ ANSWERED: dict[str, dict[str, Any]] = {
     "text": {"input": "hello"},
     "instructions": TASK,
     "cut text": {"input": "hello", "max_output_tokens": 2},
-    "stop": {"input": "hello", "stop": ["3"]},
+    "stop": {"input": "x " * 40, "stop": ["11111"], "max_output_tokens": 20},
+    "nothing said": {"input": "hello", "stop": ["3"]},
     "conversation": {"input": [USER, {"role": "assistant", "content": "33"}, USER]},
     "items": {"input": [{**USER, "type": "message"}, SAID, {"role": "user", "content": [
         {"type": "input_text", "text": "And "}, {"type": "input_text", "text": "now?"}]}]},
@@ -99,7 +100,7 @@ ANSWERED: dict[str, dict[str, Any]] = {
     "tool required, text": {**TOOLS, "tool_choice": "required", "text": {"format": {"type": "text"}}},
     "tool named": {**TOOLS, **NAMED},
     "tool strict": {**TASK, "tools": [{**TOOL, "strict": True}]},
-    "two tools": {**TASK, "tools": [TOOL, {"type": "function", "name": "other"}]},
+    "two tools": {**TASK, "tools": [TOOL, {**TOOL, "name": "other", "parameters": None}]},
     "tool answered": {**TOOLS, "input": [USER, CALL, OUTPUT]},
     "tools answered": {**TOOLS, "input": [USER, SAID, CALL, {**CALL, "call_id": "call_2"}, OUTPUT,
                                           {**OUTPUT, "call_id": "call_2"}]},
@@ -113,6 +114,9 @@ ANSWERED: dict[str, dict[str, Any]] = {
     "everything": EVERYTHING,
     "built-in tool": {"input": "hello", "tools": [{"type": "web_search"}]},
     "built-in tool and ours": {**TASK, "tools": [TOOL, {"type": "web_search"}]},
+    "broken arguments": {**TOOLS, "input": [USER, {**CALL, "arguments": "{"}, OUTPUT]},
+    "an odd schema": {"input": "x", "tools": [{**TOOL, "parameters": {"type": "nonsense"}}],
+                      "tool_choice": "required"},
     "unheard of": {**TOOLS, "unheard_of": {"by": "vLLM"}},
 }  # fmt: skip
 
@@ -134,11 +138,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "in the background": {**TOOLS, "background": True},
     "a cold temperature": {**TOOLS, "temperature": -1},
     "a strange seed": {**TOOLS, "seed": "x"},
-    "broken arguments": {**TOOLS, "input": [USER, {**CALL, "arguments": "{"}, OUTPUT]},
     "a foreign format": {**TOOLS, "text": {"format": {"type": "nothing"}}},
     "a prompt": {**TOOLS, "prompt": {"id": "x"}},
-    "an odd schema": {"input": "x", "tools": [{**TOOL, "parameters": {"type": "nonsense"}}],
-                      "tool_choice": "required"},
 }  # fmt: skip
 
 
@@ -207,7 +208,7 @@ def test_an_agent_gets_what_vllm_itself_would_have_answered(served: Served, name
     if name == "built-in tool and ours":
         assert span.fidelity is Fidelity.TEXT  # as it is, and a tool call has no place for logprobs
         assert len(span.generations[0].response_token_ids) > 0
-    elif name == "unheard of":
+    elif name in ("unheard of", "nothing said"):
         assert span.fidelity is Fidelity.TEXT
     else:
         assert span.fidelity is Fidelity.EXACT
@@ -238,6 +239,23 @@ def matches_the_engine(served: Served, span: Span) -> None:
         entry[str(token)]["logprob"] for entry, token in zip(entries[len(prompt) :], response, strict=True)
     ]
     assert generation.logprobs.tolist() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_whatever_a_wild_model_makes_of_a_tool_call_arrives_as_vllm_tells_it(
+    served: Served, temperature: float
+) -> None:
+    """Half calls, calls that are no JSON, text around them: vLLM's last word on a stream is a new parse."""
+    kinds = set()
+    for seed in range(40):
+        body = asked({**TOOLS, "temperature": temperature, "seed": seed, "max_output_tokens": 24}, True)
+        body["input"] = [USER, CALL, OUTPUT] if seed % 4 == 3 else TASK["input"]
+        direct, through_us = both(served, body, f"/rollout/responses-wild-{temperature}")
+        assert through_us == direct, seed
+        kinds.add(tuple(item["type"] for item in direct[1][-1]["response"]["output"]))
+    assert {("message",), ("function_call",)} & kinds
+    spans = spans_of(served, f"responses-wild-{temperature}")
+    assert {span.fidelity for span in spans} == {Fidelity.EXACT}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

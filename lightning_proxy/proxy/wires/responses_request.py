@@ -42,8 +42,9 @@ class Habits:
     """How an engine answers on ``/v1/responses``, learnt from one tiny request.
 
     ``shell``: the response that it gave, of which every call's echo is made; ``None`` where its
-    shape is not the one that is known here. ``tool``: how it echoes a function tool of which only
-    the name is given. ``limit``: its own limit of output tokens beside the model's length.
+    shape is not the one that is known here. ``tool``: the fields of a function tool in its echo, with
+    what stands there where a request says nothing. ``limit``: its own limit of output tokens beside
+    the model's length.
     """
 
     asks: bool  # takes `enable_response_messages` and `include` of logprobs
@@ -51,7 +52,7 @@ class Habits:
     tool: Json | None = None
     max_model_len: int = 0  # tokens
     limit: int | None = None  # tokens
-    forces_tools: bool = False  # a forced tool call leaves no trace in the echo
+    forces_tools: bool = False  # a forced tool call has a grammar, and `text` is null in its echo
 
     @property
     def translates(self) -> bool:
@@ -324,13 +325,12 @@ def _echoed_form(request: Json, shell: Json) -> Json:
         _need(reasoning.get("summary") in (None, "auto", "concise", "detailed"))
         reasoning = {**shell["reasoning"], **reasoning}
     if text is not None:
-        # A constraint on tool calls would replace it.
-        _need(request.get("tool_choice", "auto") in ("auto", "none"))
-        _need(not any(tool.get("strict") for tool in request["tools"]))
+        _need(not any(tool.get("strict") for tool in request["tools"]))  # a grammar might replace it
         _need(text.keys() <= {"format", "verbosity"})
         _need(text.get("format") in (None, {"type": "text"}))
         _need(text.get("verbosity") in (None, "low", "medium", "high"))
-        text = {**shell["text"], **text}
+        forced = request.get("tool_choice", "auto") not in ("auto", "none")
+        text = None if forced else {**shell["text"], **text}
     return {"reasoning": reasoning, "text": text}
 
 
