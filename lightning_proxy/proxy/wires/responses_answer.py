@@ -25,6 +25,7 @@ from .responses_request import Habits
 from .translated import TranslatedCollector, Translation
 
 _TOOL_CALL = "<tool_call>"
+_NO_CHARACTERS = re.compile("\ufffd+")
 _TOOL_CALLS = re.compile(r"<tool_call>(.*?)</tool_call>|<tool_call>(.*)", re.DOTALL)
 
 
@@ -188,8 +189,7 @@ class ResponsesTranslation(Translation):
         if self._echo["tool_choice"] == "none":
             return _output(reasoning, content, [])
         text = self._text()
-        # The engine's spelling of tokens is its text, but for characters that several tokens share.
-        spelled = not reasoning and text.startswith(content) and "\ufffd" not in text
+        spelled = not reasoning and text.startswith(content)
         made: list[tuple[str, str, str]]
         if spelled and _TOOL_CALL in text:
             content, made = _parsed(text)
@@ -203,12 +203,23 @@ class ResponsesTranslation(Translation):
         return _output(reasoning, "" if made and not content.strip() else content, made)
 
     def _text(self) -> str:
-        """The whole text that was generated, tool calls and all."""
-        tokens = self._tokens
-        if self._finish != "length" and not isinstance(self._stop, str):
-            tokens = tokens[:-1]  # the token that ended it is no text
-        text = "".join(tokens)
-        return text[: text.rindex(self._stop)] if isinstance(self._stop, str) and self._stop in text else text
+        """The whole text that was generated, tool calls and all.
+
+        Put together from the engine's spelling of the tokens, and from the stream, whose texts are
+        exact, but lack what became of no item.
+        """
+        stopped = isinstance(self._stop, str)
+        ended = self._finish == "length" or stopped  # else the last token is one that is no text
+        text = _spelled(self._tokens if ended else self._tokens[:-1])
+        if isinstance(self._stop, str) and self._stop in text:
+            text = text[: text.rindex(self._stop)]
+        at = 0
+        for item in self._items:
+            pieces = [re.escape(piece) for piece in _NO_CHARACTERS.split(item.text)]
+            if (found := re.compile("\ufffd*".join(pieces)).search(text, at)) is not None:
+                text = text[: found.start()] + item.text + text[found.end() :]
+                at = found.start() + len(item.text)
+        return text
 
     # -- the events ------------------------------------------------------------------------------
 
@@ -377,6 +388,21 @@ def _thought(item_id: str, content: list[Json] | None, status: str | None) -> Js
 def _call(item_id: str, call_id: str, name: str, arguments: str, status: str) -> Json:
     item = {"arguments": arguments, "call_id": call_id, "name": name, "type": "function_call", "id": item_id}
     return {**item, "async": None, "caller": None, "namespace": None, "status": status}
+
+
+def _spelled(tokens: list[str]) -> str:
+    """The text of tokens, of which those that end within a character are spelled as nothing.
+
+    The one that completes it spells all of it; where none does, the text has U+FFFD for each.
+    """
+    made, waiting = [], 0
+    for token in tokens:
+        if not token:
+            waiting += 1
+            continue
+        made.append("\ufffd" * waiting + token if token.isascii() else token)
+        waiting = 0
+    return "".join(made)
 
 
 def _parsed(text: str) -> tuple[str, list[tuple[str, str, str]]]:
