@@ -66,16 +66,17 @@ class Call:
     def whole(self, body: bytes) -> bytes:
         """Take a whole answer; return it as the agent gets it."""
         self.first_byte_at = time.time()
-        self.ended = True
         if self.status is not None and self.status >= 400:
             self._error_body = body
-            return self._collector.refusal(body)
-        try:
-            return self._collector.whole(body)
-        except CAPTURE_FAULTS as error:
-            self._note_fault(error)
-            self._error_body = body
-            return body
+            answer = self._collector.refusal(body)
+        else:
+            try:
+                answer = self._collector.whole(body)
+            except CAPTURE_FAULTS as error:
+                self._note_fault(error)
+                self._error_body = answer = body
+        self.ended = True
+        return answer
 
     def _event(self, event: Event) -> bytes:
         if event.data is None:

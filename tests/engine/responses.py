@@ -77,7 +77,8 @@ def events(head: Head, body: Mapping[str, Any], reply: Reply, per_chunk: int = 1
     """The events of a streamed answer."""
     numbered = _events(head, body, reply, per_chunk)
     for number, event in enumerate(numbered):
-        yield {**event, "sequence_number": number}
+        event["sequence_number"] = number
+        yield {key: event[key] for key in sorted(event, key=lambda key: (key == "name", key))}
 
 
 def sse(event: Json) -> bytes:
@@ -139,6 +140,10 @@ def _shell(head: Head, body: Mapping[str, Any], reply: Reply, status: str) -> Js
     room = MAX_MODEL_LEN - len(reply.prompt_token_ids)
     asked = LOGPROBS in (body.get("include") or ())
     reasoning, text = body.get("reasoning"), body.get("text")
+    forced = body.get("tool_choice", "auto") not in ("auto", "none")  # a grammar takes its place
+    temperature, top_p = _number(body.get("temperature"), 0.7), _number(body.get("top_p"), 0.9)
+    if temperature < 0.01:  # as vLLM's SamplingParams have it
+        temperature, top_p = (0.01, top_p) if temperature else (0.0, 1.0)
     return {
         "id": head.response_id,
         "created_at": head.created,
@@ -149,10 +154,10 @@ def _shell(head: Head, body: Mapping[str, Any], reply: Reply, status: str) -> Js
         "object": "response",
         "output": [],
         "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
-        "temperature": _number(body.get("temperature"), 0.7),
+        "temperature": temperature,
         "tool_choice": body.get("tool_choice", "auto") if tools else "none",
         "tools": tools,
-        "top_p": _number(body.get("top_p"), 0.9),
+        "top_p": top_p,
         "background": False,
         "max_output_tokens": min(body.get("max_output_tokens") or room, room),
         "max_tool_calls": body.get("max_tool_calls"),
@@ -161,7 +166,7 @@ def _shell(head: Head, body: Mapping[str, Any], reply: Reply, status: str) -> Js
         "reasoning": None if reasoning is None else {**_REASONING_DEFAULTS, **reasoning},
         "service_tier": body.get("service_tier", "auto"),
         "status": status,
-        "text": None if text is None else {"format": None, "verbosity": None, **text},
+        "text": None if text is None or forced else {"format": None, "verbosity": None, **text},
         "top_logprobs": (body.get("top_logprobs") or 0) if asked else None,
         "truncation": body.get("truncation", "disabled"),
         "usage": None,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import pytest
 from openai import OpenAI
 
 from lightning_proxy.store import Fidelity, Span
+from tests.responses_compare import comparable
 from tests.vllm.conftest import MODEL, Served
 from tests.vllm.test_real_engine import Close, post, spans_of
 
@@ -148,44 +148,6 @@ def asked(case: dict[str, Any], stream: bool) -> dict[str, Any]:
     return {key: value for key, value in body.items() if value is not None}
 
 
-_DRAWN = re.compile(r"^(resp_|msg_|fc_|rs_|call_|chatcmpl-tool-)?[0-9a-f]{16}$")
-
-
-def comparable(body: str) -> Any:
-    """An answer without what chance decides: ids drawn, times, and how many tokens share a delta."""
-    names: dict[str, str] = {}
-
-    def plain(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v, k) for k, v in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        if key == "created_at":
-            return "a time"
-        if isinstance(value, str) and (drawn := _DRAWN.match(value)):
-            return names.setdefault(value, f"{drawn.group(1)}{len(names)}")
-        return Close(value) if isinstance(value, float) else value
-
-    if not body.startswith("event:"):
-        return plain(json.loads(body))
-    events: list[Any] = []
-    for number, event in enumerate(body.removesuffix("\n\n").split("\n\n")):
-        name, data = event.split("\n")
-        said = plain(json.loads(data.removeprefix("data: ")))
-        assert said.pop("sequence_number") == number
-        assert name == f"event: {said['type']}"
-        if events and "delta" in said and {**events[-1], **_TOGETHER} == {**said, **_TOGETHER}:
-            events[-1]["delta"] += said["delta"]
-            if "logprobs" in said:
-                events[-1]["logprobs"] += said["logprobs"]
-        else:
-            events.append(said)
-    return [list(event) for event in events], events
-
-
-_TOGETHER = {"delta": None, "logprobs": None}
-
-
 def both(served: Served, body: dict[str, Any], prefix: str = "") -> tuple[Any, Any]:
     direct = post(served.engine_url + PATH, body)
     through_us = post(f"{served.url}{prefix}{PATH}", body)
@@ -194,7 +156,7 @@ def both(served: Served, body: dict[str, Any], prefix: str = "") -> tuple[Any, A
     assert {k: v for k, v in through_us[1].items() if k not in skip} == {
         k: v for k, v in direct[1].items() if k not in skip
     }
-    return comparable(direct[2]), comparable(through_us[2])
+    return comparable(direct[2], Close), comparable(through_us[2], Close)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

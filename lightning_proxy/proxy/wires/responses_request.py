@@ -261,6 +261,7 @@ def _echo(request: Json, habits: Habits) -> Json:
     assert shell is not None
     assert tool_shape is not None
     _only_known(request)
+    _need((request.get("max_output_tokens") or 0) <= habits.max_model_len)
     echo: Json = {key: request.get(key) for key in ("instructions", *_ECHOED)}
     echo["service_tier"] = request.get("service_tier", "auto")
     echo["parallel_tool_calls"] = request.get("parallel_tool_calls") is not False
@@ -286,7 +287,7 @@ def _only_known(request: Json) -> None:
     _need(isinstance(request.get("max_tool_calls"), int | None))
     _need(request.get("service_tier", "auto") in _TIERS)
     _need(request.get("truncation", "disabled") == "disabled")
-    _need(not request.get("background") and request.get("background") in (None, False))
+    _need(request.get("background") is None or request["background"] is False)
     _need(request.get("previous_response_id") is None and request.get("prompt") is None)
     _need(set(request.get("include") or ()) <= _INCLUDES)
     top = request.get("top_logprobs")
