@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -39,10 +40,15 @@ class Upstream:
         self._token = token
         self._session: aiohttp.ClientSession | None = None
 
-    async def start(self) -> None:
-        """Open the connection pool."""
+    async def start(self, socket: Path | None = None) -> None:
+        """Open the connection pool: over TCP, or to a Unix socket."""
+        connector = (
+            aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
+            if socket is None
+            else aiohttp.UnixConnector(str(socket), limit=0, keepalive_timeout=_IDLE_S)
+        )
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
+            connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
