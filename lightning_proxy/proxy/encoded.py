@@ -7,6 +7,9 @@ compresses regardless, its bytes go to the agent as they came, and the record re
 
 from __future__ import annotations
 
+from aiohttp.hdrs import CONTENT_ENCODING
+from multidict import CIMultiDict
+
 from .call import Call
 from .encoding import Decoder, Undecodable, decoder_for
 from .wires.base import Untranslatable
@@ -15,35 +18,43 @@ from .wires.base import Untranslatable
 class EncodedAnswer:
     """Takes an answer in place of its :class:`Call`, which sees it decoded.
 
-    Where the request was altered on capture's behalf, the agent gets the stripped answer plain
-    (``plain`` is true, and the ``Content-Encoding`` has to go), else the bytes as they came.
+    Where the request was altered on capture's behalf, what this added has to come out: the agent
+    then gets the rest plain, and the ``Content-Encoding`` goes from ``headers``. A whole answer that
+    has nothing to come out, and any answer to an unaltered request, stays as it came.
     """
 
-    def __init__(self, call: Call, content_encoding: str) -> None:
+    def __init__(self, call: Call, headers: CIMultiDict[str]) -> None:
         self._call = call
-        self._decoder: Decoder | None = decoder_for(content_encoding)
-        self.plain = call.altered and self._decoder is not None
+        self._headers = headers
+        encoding = headers[CONTENT_ENCODING]
+        self._decoder: Decoder | None = decoder_for(encoding)
+        self._plain = call.altered and self._decoder is not None
+        if self._plain and call.streamed:
+            del headers[CONTENT_ENCODING]
         if self._decoder is None:
-            call.note_fault(Undecodable(f"the answer's encoding {content_encoding[:40]!r} is not known here"))
+            call.note_fault(Undecodable(f"the answer's encoding {encoding[:40]!r} is not known here"))
 
     def whole(self, body: bytes) -> bytes:
-        """See :meth:`Call.whole`. Raises Untranslatable where what is left cannot be told apart."""
+        """See :meth:`Call.whole`. Raises Untranslatable where what was added cannot be taken out."""
         piece = self._decoded(body)
-        made = self._call.whole(body if piece is None else piece)
         self._check_end()
-        return made if self.plain else body
+        made = self._call.whole(body if piece is None else piece)
+        if not self._plain or made == piece:
+            return body
+        del self._headers[CONTENT_ENCODING]
+        return made
 
     def feed(self, chunk: bytes) -> bytes:
         """See :meth:`Call.feed`. Raises Untranslatable."""
         piece = self._decoded(chunk)
         made = b"" if piece is None else self._call.feed(piece)
-        return made if self.plain else chunk
+        return made if self._plain else chunk
 
     def finish_stream(self) -> bytes:
         """See :meth:`Call.finish_stream`. Raises Untranslatable."""
         self._check_end()
         rest = self._call.finish_stream()
-        return rest if self.plain else b""
+        return rest if self._plain else b""
 
     def _decoded(self, data: bytes) -> bytes | None:
         if self._decoder is None:
@@ -61,5 +72,5 @@ class EncodedAnswer:
     def _give_up(self, error: Undecodable) -> None:
         self._decoder = None
         self._call.note_fault(error)
-        if self.plain:
+        if self._plain:
             raise Untranslatable(str(error)) from error

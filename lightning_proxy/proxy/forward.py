@@ -188,9 +188,7 @@ class Forwarder:
         headers = response_headers(answer.headers, rewritten=True)
         taker: Call | EncodedAnswer = call
         if hdrs.CONTENT_ENCODING in headers:
-            taker = EncodedAnswer(call, headers[hdrs.CONTENT_ENCODING])
-            if taker.plain:
-                del headers[hdrs.CONTENT_ENCODING]
+            taker = EncodedAnswer(call, headers)
         if not call.streamed:
             body = taker.whole(b"".join([chunk async for chunk in _chunks(answer)]))
             await self._commit(call)

@@ -452,11 +452,3 @@ def test_a_body_beyond_the_limit_is_refused_in_openais_shape(
     answer = send(proxy.url, CHAT, b" " * (2**20 + 1))
     assert (answer.status, answer.json["error"]["code"]) == (413, "too_large")
     assert "max_body_mb" in answer.json["error"]["message"]
-
-
-def test_a_websocket_is_told_to_come_back_without(engine: EngineThread, proxy: ProxyThread) -> None:
-    upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
-    answer = send(proxy.url, "/v1/responses", None, upgrade)
-    assert answer.status == 426
-    assert answer.json["error"]["code"] == "upgrade_required"
-    assert engine.requests == []
