@@ -31,7 +31,7 @@ class EncodedAnswer:
         self._plain = call.altered and self._decoder is not None
         if self._plain and call.streamed:
             del headers[CONTENT_ENCODING]
-        if self._decoder is None:
+        if self._decoder is None and (call.status or 0) < 400:
             call.note_fault(Undecodable(f"the answer's encoding {encoding[:40]!r} is not known here"))
 
     def whole(self, body: bytes) -> bytes:

@@ -193,7 +193,8 @@ def test_every_byte_passes_and_so_does_the_end(make_proxy: MakeProxy) -> None:
             agent.sendall(b"last")
         assert over.wait(10)
     assert sorted(head.lower().split(b"\r\n")[1:]) == sorted(
-        line for line in ACCEPTED.lower().split(b"\r\n")[1:] + re.findall(rb"(?m)^date: .*(?=\r)", head.lower())
+        line
+        for line in ACCEPTED.lower().split(b"\r\n")[1:] + re.findall(rb"(?m)^date: .*(?=\r)", head.lower())
     )
     assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
     assert KEY.encode() in got["head"]
@@ -277,7 +278,10 @@ def test_a_refusal_is_426_or_what_a_call_over_http_would_get_as_well(
             assert got.header("content-type") is None
         else:
             assert json.loads(got.body)["error"]["code"] == "upgrade_required"
-        assert metric(proxy.url, f'lightning_calls_total{{status="{expected // 100}xx",wire="websocket"}}') == 1.0
+        assert (
+            metric(proxy.url, f'lightning_calls_total{{status="{expected // 100}xx",wire="websocket"}}')
+            == 1.0
+        )
 
 
 def test_an_upstream_that_is_down_is_a_502(make_proxy: MakeProxy) -> None:
