@@ -29,14 +29,15 @@ from .auth import Guard
 from .control import Control, http_status
 from .engine import Engine
 from .engine_process import EngineProcess
-from .forward import Forwarder, problem
+from .forward import Forwarder
 from .hold import Hold
 from .keys import Attributor
 from .metrics import Metrics
+from .problem import problem
 from .recorder import Recorder
 from .switch import Switch
 from .tasks import Tasks
-from .upstream import Upstream
+from .upstream import Upstream, only_the_upstreams
 
 log = logging.getLogger(__name__)
 STARTING = "the engine is starting"
@@ -106,6 +107,7 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
     for path in ("/reward", "/api/{unknown:.*}"):  # with a method that our own routes do not have
         app.router.add_route("*", path, _no_such_route)
     app.router.add_route("*", "/{anything:.*}", parts.forwarder.handle)
+    app.on_response_prepare.append(only_the_upstreams)
     app.cleanup_ctx.append(_life(parts, engine_process))
     return app
 
@@ -143,6 +145,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         attributor=attributor,
         recorder=Recorder(writer, metrics, timeout_s=proxy.commit_timeout_s),
         metrics=metrics,
+        tasks=tasks,
         capture=proxy.capture,
         hold_timeout_s=proxy.hold_timeout_s,
     )
@@ -235,7 +238,8 @@ def _door(guard: Guard) -> Any:
         except LightningError as error:
             return problem(*http_status(error), str(error))
         except web.HTTPRequestEntityTooLarge as error:
-            return problem(413, "too_large", f"the body is larger than proxy.max_body_mb: {error.text}")
+            return problem(413, "too_large", f"{error.text} Raise proxy.max_body_mb (lightning.toml), or "
+                           "LIGHTNING_PROXY__MAX_BODY_MB, to let larger ones through.")  # fmt: skip
 
     return door
 

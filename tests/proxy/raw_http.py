@@ -43,6 +43,10 @@ class Answer:
         """The first value of a header."""
         return next((value for key, value in self.headers if key == name), None)
 
+    def headers_without(self, names: set[str]) -> list[tuple[str, str]]:
+        """The headers in their order, without some."""
+        return [pair for pair in self.headers if pair[0] not in names]
+
     @property
     def json(self) -> Any:
         """The body as JSON."""
