@@ -80,6 +80,15 @@ class ProxyThread:
         """A connection to the database of its own."""
         return Store.open(self.db)
 
+    def hold(self, reason: str) -> None:
+        """Close the gate before the main upstream, as a change of weights does."""
+        from lightning_proxy.proxy.app import PARTS
+
+        async def close() -> None:
+            self._runner.app[PARTS].hold.close(reason)
+
+        asyncio.run_coroutine_threadsafe(close(), self._loop).result(10)
+
     async def _start(self) -> tuple[web.AppRunner, str]:
         from lightning_proxy.proxy.app import PARTS, create_app, listen
 
