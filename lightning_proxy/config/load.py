@@ -16,7 +16,7 @@ import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -31,14 +31,27 @@ ENV_PREFIX = "LIGHTNING_"
 @functools.cache
 def tables() -> Mapping[str, type[BaseModel]]:
     """The settings' tables by name, in the order in which they are declared."""
-    return {name: type(table) for name, table in Settings()}
+    return {name: _table_class(info) for name, info in Settings.model_fields.items()}
+
+
+def is_named(table: str) -> bool:
+    """Whether there is one such table per name, as in ``[upstreams.NAME]``."""
+    return get_origin(Settings.model_fields[table].annotation) is dict
+
+
+def _table_class(info: FieldInfo) -> type[BaseModel]:
+    annotation: Any = info.annotation
+    table: type[BaseModel] = get_args(annotation)[1] if get_origin(annotation) is dict else annotation
+    return table
 
 
 @functools.cache
 def fields() -> Mapping[str, FieldInfo]:
-    """Every setting by its dotted name, e.g. ``proxy.port``."""
+    """Every setting by its dotted name, e.g. ``proxy.port`` or ``upstreams.NAME.url``."""
     return {
-        f"{table}.{name}": info for table, cls in tables().items() for name, info in cls.model_fields.items()
+        f"{table}.NAME.{name}" if is_named(table) else f"{table}.{name}": info
+        for table, cls in tables().items()
+        for name, info in cls.model_fields.items()
     }
 
 
@@ -65,17 +78,20 @@ def load_settings(
             for key, value in (overrides or {}).items()
         ),
     ):
-        if key not in fields():
+        if _general(key) not in fields():
             raise ConfigError(f"unknown setting {key} in {where}{_suggestion(key)}")
         given[key], origin[key] = value, where
     return _follow_proxy(_validate(given, origin))
 
 
 def _validate(given: Mapping[str, Any], origin: Mapping[str, str]) -> Settings:
-    nested: dict[str, dict[str, Any]] = {table: {} for table in tables()}
+    nested: dict[str, Any] = {}
     for key, value in given.items():
-        table, _, name = key.partition(".")
-        nested[table][name] = value
+        *path, name = key.split(".")
+        table = nested
+        for part in path:
+            table = table.setdefault(part, {})
+        table[name] = value
     try:
         return Settings.model_validate(nested)
     except ValidationError as error:
@@ -118,8 +134,18 @@ def _from_file(config: Path | None) -> list[tuple[str, Any, str]]:
             raise ConfigError(f"unknown setting {table} in {where}{_suggestion(table)}")
         if not isinstance(content, dict):
             raise ConfigError(f"{table} in {where} must be a table: write [{table}] and its settings below")
-        found += [(f"{table}.{k}", v, f"{path}, line {_line_of(text, table, k)}") for k, v in content.items()]
+        for name, named in content.items() if is_named(table) else [("", content)]:
+            full = f"{table}.{name}" if name else table
+            if not isinstance(named, dict):
+                raise ConfigError(f"{full} in {where} must be a table: write [{table}.NAME] and its settings")
+            found += [(f"{full}.{k}", v, f"{path}, line {_line_of(text, full, k)}") for k, v in named.items()]
     return found
+
+
+def _general(key: str) -> str:
+    """``upstreams.NAME.url`` for ``upstreams.openai.url``: what ``fields`` calls it."""
+    table, *names, setting = key.split(".")
+    return f"{table}.NAME.{setting}" if names and table in tables() and is_named(table) else key
 
 
 def _line_of(text: str, table: str, name: str | None) -> int:
@@ -147,9 +173,9 @@ def _from_environment(env: Mapping[str, str]) -> list[tuple[str, Any, str]]:
         if not variable.startswith(ENV_PREFIX):
             continue
         table, double, name = variable.removeprefix(ENV_PREFIX).lower().partition("__")
-        key = f"{table}.{name}"
+        key = f"{table}.{name.replace('__', '.')}"
         if double:
-            info = fields().get(key)
+            info = fields().get(_general(key))
             found.append((key, _parse_text(text, info, variable) if info else text, variable))
         elif variable in mistyped:
             right = ENV_PREFIX + mistyped[variable].replace(".", "__").upper()
@@ -219,12 +245,13 @@ def _suggestion(key: str) -> str:
 def _explain(error: ValidationError, given: Mapping[str, Any], origin: Mapping[str, str]) -> str:
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"][:2])
+        named = problem["loc"][0] in tables() and is_named(str(problem["loc"][0]))
+        key = ".".join(str(part) for part in problem["loc"][: 3 if named else 2])
         reason = str(problem.get("ctx", {}).get("error", ""))
         if key not in given:  # a rule over several settings of one table
-            lines.append(reason or f"{key}: {problem['msg']}")
+            lines.append(f"{key}: {reason}" if named else reason or f"{key}: {problem['msg']}")
             continue
-        info = fields()[key]
+        info = fields()[_general(key)]
         value = f"is {given[key]!r}" if info.repr else "is not what it may be"
         lines.append(
             f"{key} in {origin[key]} {value}; allowed: {allowed(info)}{f' ({reason})' if reason else ''}"

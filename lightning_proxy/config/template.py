@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from lightning_proxy.config.load import DEFAULT_FILE, ENV_PREFIX, allowed, tables
+from lightning_proxy.config.load import DEFAULT_FILE, ENV_PREFIX, allowed, is_named, tables
 
 _TOML_HEAD = f"""\
 # Settings of lightning-proxy. Every line below shows a default: remove the `#` to change it.
@@ -43,7 +43,9 @@ def render_toml() -> str:
     """The commented ``lightning.toml``: every setting, with its meaning and default, switched off."""
     parts = [_TOML_HEAD]
     for table, cls in tables().items():
-        parts.append(f"\n# {inspect.getdoc(cls)}\n[{table}]\n")
+        named = is_named(table)
+        parts += ["\n", *(f"# {line}".rstrip() + "\n" for line in str(inspect.getdoc(cls)).splitlines())]
+        parts.append(f"# [{table}.NAME]\n" if named else f"[{table}]\n")
         for name, info in cls.model_fields.items():
             bounds = allowed(info)
             meaning = (
@@ -53,7 +55,8 @@ def render_toml() -> str:
             )
             parts += [f"# {line}\n" for line in textwrap.wrap(meaning, 100)]
             value = '""  # not set' if info.default is None else _toml_value(info.default)
-            parts.append(f"# {name} = {value}\n\n")
+            # Indented where it belongs to a table that is not there by default.
+            parts.append(f"#{' ' * (3 if named else 1)}{name} = {value}\n\n")
     return "".join(parts).rstrip() + "\n"
 
 
@@ -61,7 +64,8 @@ def render_markdown() -> str:
     """The settings reference."""
     parts = [_MARKDOWN_HEAD]
     for table, cls in tables().items():
-        parts.append(f"\n## `[{table}]`\n\n{inspect.getdoc(cls)}\n\n")
+        head = f"[{table}.NAME]" if is_named(table) else f"[{table}]"
+        parts.append(f"\n## `{head}`\n\n{inspect.getdoc(cls)}\n\n")
         parts.append("| setting | default | allowed | meaning |\n|---|---|---|---|\n")
         parts += [_markdown_row(name, info) for name, info in cls.model_fields.items()]
     return "".join(parts)

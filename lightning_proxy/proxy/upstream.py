@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -34,12 +35,20 @@ _LARGE_BODY = 2**20  # bytes; aiohttp warns of larger ones in one piece
 _connected: ContextVar[bool] = ContextVar("connected", default=False)
 
 
-class _Connector(aiohttp.TCPConnector):
+class _TellsNew(aiohttp.BaseConnector):
     """Tells whether the request under way got a connection of its own, or one from the pool."""
 
     async def _create_connection(self, *args: Any, **kwargs: Any) -> Any:
         _connected.set(True)
         return await super()._create_connection(*args, **kwargs)
+
+
+class _TCPConnector(_TellsNew, aiohttp.TCPConnector):
+    pass
+
+
+class _UnixConnector(_TellsNew, aiohttp.UnixConnector):
+    pass
 
 
 class _Request(aiohttp.ClientRequest):
@@ -67,10 +76,15 @@ class Upstream:
         self._token = token
         self._session: aiohttp.ClientSession | None = None
 
-    async def start(self) -> None:
-        """Open the connection pool."""
+    async def start(self, socket: Path | None = None) -> None:
+        """Open the connection pool: over TCP, or to a Unix socket."""
+        connector = (
+            _TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
+            if socket is None
+            else _UnixConnector(str(socket), limit=0, keepalive_timeout=_IDLE_S)
+        )
         self._session = aiohttp.ClientSession(
-            connector=_Connector(limit=0, keepalive_timeout=_IDLE_S),
+            connector=connector,
             request_class=_Request,
             response_class=_Response,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import msgspec
+
 from lightning_proxy.proxy.sse import Event
 from lightning_proxy.store import Fidelity, Generation
 
@@ -17,6 +19,7 @@ Json: TypeAlias = dict[str, Any]
 # What an answer of an unexpected shape can raise in a collector.
 CAPTURE_FAULTS = (
     KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError, struct.error,
+    msgspec.MsgspecError,
 )  # fmt: skip
 
 

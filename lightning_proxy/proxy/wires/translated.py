@@ -64,8 +64,7 @@ class TranslatedCollector(Collector):
 
     def whole(self, body: bytes) -> bytes:
         """See :class:`Collector`."""
-        answer = self._translated(orjson.loads, body)
-        self._recorded(self._chat.take_whole, answer)
+        answer = self._translated(orjson.loads, self._recorded(self._chat.whole, body))
         return orjson.dumps(self._translated(self._translation.whole, answer))
 
     def event(self, event: Event) -> bytes:
@@ -76,12 +75,14 @@ class TranslatedCollector(Collector):
             made: bytes = self._translated(self._translation.done)
             self.ended = True
             return made
-        chunk = self._translated(orjson.loads, event.data)
-        keep = self._recorded(self._chat.take_chunk, chunk)
-        if self._chat.failed is not None and self.failed is None:
+        data = self._recorded(self._chat.chunk, event.data)
+        if data is None:
+            return b""
+        chunk = self._translated(orjson.loads, data)
+        if self._chat.failed is not None:
             self.failed = self._chat.failed
             return bytes(self._translated(self._translation.failed, chunk["error"]))
-        return b"" if keep is False else bytes(self._translated(self._translation.chunk, chunk))
+        return bytes(self._translated(self._translation.chunk, chunk))
 
     def refusal(self, body: bytes) -> bytes:
         """See :class:`Collector`. What is no JSON object goes through as it came."""
@@ -110,12 +111,13 @@ class TranslatedCollector(Collector):
         """See :class:`Collector`."""
         return self._chat.generations()
 
-    def _recorded(self, take: Callable[[Json], Any], answer: Json) -> Any:
+    def _recorded(self, take: Callable[[bytes], bytes | None], data: bytes) -> bytes | None:
+        """What capture makes of it; as it came where capture cannot read it, for translation may."""
         try:
-            return take(answer)
+            return take(data)
         except CAPTURE_FAULTS as error:
             self.fault = self.fault or error
-            return None
+            return data
 
     def _translated(self, translate: Callable[..., Any], *arguments: Any) -> Any:
         try:
