@@ -38,6 +38,7 @@ from .recorder import Recorder
 from .switch import Switch
 from .tasks import Tasks
 from .upstream import Upstream, only_the_upstreams
+from .upstreams import Endpoint, Upstreams, endpoint_of
 
 log = logging.getLogger(__name__)
 STARTING = "the engine is starting"
@@ -75,7 +76,7 @@ class Parts:
     hold: Hold
     writer: Writer
     reader: Reader
-    upstream: Upstream
+    upstreams: Upstreams
     engine: Engine
     switch: Switch
     attributor: Attributor
@@ -125,8 +126,11 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         busy_timeout_s=settings.store.busy_timeout_s,
     )
     reader = Reader(settings)
-    upstream = Upstream(upstream_url, proxy.upstream_api_key, proxy.token)
     engine = Engine(upstream_url, proxy.upstream_api_key)
+    upstreams = Upstreams(
+        Endpoint(Upstream(upstream_url, proxy.upstream_api_key, proxy.token), engine, proxy.capture),
+        [endpoint_of(name, one, proxy.token) for name, one in settings.upstreams.items()],
+    )
     switch = Switch(
         policy=settings.policy.name,
         engine=engine,
@@ -138,15 +142,13 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
     )
     attributor = Attributor(lambda key: reader(lambda store: store.owner_of_key(key)))
     forwarder = Forwarder(
-        upstream=upstream,
-        engine=engine,
+        upstreams=upstreams,
         hold=hold,
         switch=switch,
         attributor=attributor,
         recorder=Recorder(writer, metrics, timeout_s=proxy.commit_timeout_s),
         metrics=metrics,
         tasks=tasks,
-        capture=proxy.capture,
         hold_timeout_s=proxy.hold_timeout_s,
     )
     metrics.watch("held_calls", "Calls waiting for the engine", lambda: hold.waiting)
@@ -155,7 +157,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
     metrics.watch("policy_version", "Version that the engine runs, -1 where unknown",
                   lambda: -1 if (v := switch.version_of(settings.policy.name)) is None else v)  # fmt: skip
     return Parts(
-        settings, metrics, hold, writer, reader, upstream, engine, switch, attributor, tasks, forwarder
+        settings, metrics, hold, writer, reader, upstreams, engine, switch, attributor, tasks, forwarder
     )
 
 
@@ -174,13 +176,13 @@ def open_store(settings: Settings) -> Store:
 def _life(parts: Parts, engine_process: EngineProcess | None) -> Callable[[web.Application], Any]:
     async def life(app: web.Application) -> Any:
         parts.writer.start()
-        await parts.upstream.start()
+        await parts.upstreams.start()
         await _register_model(parts)
         if engine_process is None:
             await _begin_with_active(parts)
         yield
         await parts.tasks.close()
-        await parts.upstream.close()
+        await parts.upstreams.close()
         await parts.writer.close()
         parts.reader.close()
 
@@ -307,7 +309,7 @@ async def listen(runner: web.AppRunner, settings: Settings, parts: Parts) -> Non
 
 
 def _greeting(parts: Parts, engine_process: EngineProcess | None) -> str:
-    behind = "vLLM (starting)" if engine_process else parts.upstream.base
+    behind = "vLLM (starting)" if engine_process else parts.upstreams.main.upstream.base
     return (
         f"lightning-proxy listens on {parts.base_url} before {behind}; "
         f"spans go to {parts.settings.store.db}\n"

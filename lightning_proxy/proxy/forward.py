@@ -12,6 +12,7 @@ import logging
 import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 
 import aiohttp
 from aiohttp import HttpVersion11, StreamReader, hdrs, web
@@ -22,7 +23,6 @@ from .attribution import SplitPath, split_path
 from .call import Call, parse_request
 from .encoded import EncodedAnswer
 from .encoding import decoded
-from .engine import Engine
 from .hold import Hold
 from .keys import Attributor
 from .metrics import Metrics
@@ -31,10 +31,11 @@ from .recorder import Recorder
 from .redaction import secrets_of
 from .switch import Switch
 from .tasks import Tasks
-from .upstream import Upstream, read_out, reset_at_the_end, response_headers
+from .upstream import read_out, reset_at_the_end, response_headers
+from .upstreams import Endpoint, Upstreams
 from .websocket import WebSockets, is_upgrade
 from .wires import Wire, wire_for
-from .wires.base import Untranslatable
+from .wires.base import Json, Untranslatable
 
 log = logging.getLogger(__name__)
 _SMALL_BODY = 2**20  # bytes
@@ -44,33 +45,38 @@ class UpstreamCut(Exception):
     """The upstream's answer ended before it was whole."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """A request's body."""
+
+    body: bytes  # as it came
+    plain: bytes  # without its content encoding; the same object where it has none
+    request: Json  # that, parsed; {} where it is no JSON object
+
+
 class Forwarder:
     """Takes every request that is not one of our own routes."""
 
     def __init__(
         self,
         *,
-        upstream: Upstream,
-        engine: Engine,
+        upstreams: Upstreams,
         hold: Hold,
         switch: Switch,
         attributor: Attributor,
         recorder: Recorder,
         metrics: Metrics,
         tasks: Tasks,
-        capture: str,
         hold_timeout_s: float,
     ) -> None:
-        self._upstream = upstream
-        self._engine = engine
+        self._upstreams = upstreams
         self._hold = hold
         self._switch = switch
         self._attributor = attributor
         self._recorder = recorder
         self._metrics = metrics
         self._tasks = tasks
-        self._websockets = WebSockets(upstream, metrics, tasks)
-        self._capture = capture
+        self._websockets = WebSockets(upstreams.main.upstream, metrics, tasks)
         self._hold_timeout_s = hold_timeout_s
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -86,12 +92,9 @@ class Forwarder:
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
         split = split_path(request.raw_path)
-        if not await self._hold.passed(self._hold_timeout_s):
-            why = " and ".join(self._hold.reasons)
-            answer = problem(503, "held_too_long", f"the model did not become available in time: {why}")
-            answer.headers["Retry-After"] = "5"
-            return answer
         if is_upgrade(request):
+            if (refusal := await self._held_too_long(self._upstreams.main)) is not None:
+                return refusal
             return await self._websockets.handle(request, split.path)
         wire = wire_for(request.method, split.path.partition("?")[0])
         if wire is None:
@@ -99,16 +102,33 @@ class Forwarder:
         with self._recorder.call_under_way():
             return await self._captured(request, split, wire)
 
+    async def _held_too_long(self, endpoint: Endpoint) -> web.Response | None:
+        """Wait while the main endpoint cannot take calls; the refusal, where that took too long."""
+        if endpoint is not self._upstreams.main or await self._hold.passed(self._hold_timeout_s):
+            return None
+        why = " and ".join(self._hold.reasons)
+        answer = problem(503, "held_too_long", f"the model did not become available in time: {why}")
+        answer.headers["Retry-After"] = "5"
+        return answer
+
     # -- calls that we do not read -----------------------------------------------------------
 
     async def _untouched(self, request: web.Request, split: SplitPath) -> web.StreamResponse:
-        headers = self._upstream.request_headers(request.headers, captured=False)
         body = await _body_of(request)
+        # A body that is streamed is not looked into: its model cannot be told.
+        model = (
+            parse_request(body).get("model") if self._upstreams.others and isinstance(body, bytes) else None
+        )
+        endpoint = self._upstreams.of(model)
+        if (refusal := await self._held_too_long(endpoint)) is not None:
+            return refusal
+        upstream = endpoint.upstream
+        headers = upstream.request_headers(request.headers, captured=False)
         try:
-            answer = await self._upstream.open(request.method, split.path, headers, body)
+            answer = await upstream.open(request.method, split.path, headers, body)
         except (aiohttp.ClientError, TimeoutError) as error:
             self._metrics.calls.labels("other", "5xx").inc()
-            return unreachable(self._upstream.base, error)
+            return unreachable(upstream.base, error)
         async with answer:
             self._metrics.calls.labels("other", _status_class(answer.status)).inc()
             response = web.StreamResponse(
@@ -128,16 +148,21 @@ class Forwarder:
     # -- calls that we capture ---------------------------------------------------------------
 
     async def _captured(self, request: web.Request, split: SplitPath, wire: Wire) -> web.StreamResponse:
-        headers = self._upstream.request_headers(request.headers, captured=True)
-        call = await self._begin(request, split, wire, headers)
+        received = await self._receive(request)
+        endpoint = self._upstreams.of(received.request.get("model"))
+        if (refusal := await self._held_too_long(endpoint)) is not None:
+            return refusal
+        upstream = endpoint.upstream
+        headers = upstream.request_headers(request.headers, captured=True)
+        call = await self._begin(request, split, wire, received, endpoint, headers)
         try:
             try:
                 path = _redirected(split.path, call.prepared.path)
-                answer = await self._upstream.open(request.method, path, headers, call.prepared.body)
+                answer = await upstream.open(request.method, path, headers, call.prepared.body)
             except (aiohttp.ClientError, TimeoutError) as error:
                 call.status = 502
                 await self._commit(call, "upstream_unreachable", str(error))
-                return unreachable(self._upstream.base, error)
+                return unreachable(upstream.base, error)
             try:
                 return await self._relay(request, answer, call)
             finally:
@@ -152,33 +177,40 @@ class Forwarder:
                 self._submit(call, error_class, repr(gone))
             raise
 
+    async def _receive(self, request: web.Request) -> _Received:
+        body = await request.read()
+        if hdrs.CONTENT_ENCODING not in request.headers:
+            return _Received(body, body, parse_request(body))
+        plain = await asyncio.to_thread(_plain, request, body)
+        return _Received(body, plain, parse_request(plain))
+
     async def _begin(
-        self, request: web.Request, split: SplitPath, wire: Wire, headers: Mapping[str, str]
+        self,
+        request: web.Request,
+        split: SplitPath,
+        wire: Wire,
+        received: _Received,
+        endpoint: Endpoint,
+        headers: Mapping[str, str],
     ) -> Call:
-        body = plain = await request.read()
-        encoded = hdrs.CONTENT_ENCODING in request.headers
-        if encoded:  # goes on as it came, for not every engine decodes: so nothing can be asked for
-            plain = await asyncio.to_thread(_plain, request, body)
-        parsed = parse_request(plain)
-        ask = bool(parsed) and not encoded and await self._asks_for_tokens(headers)
-        prepared = wire.prepare(body, parsed, tokens=ask)
-        policy, version = self._switch.policy_of(parsed.get("model"))
+        # An encoded body goes on as it came, for not every engine decodes: so nothing can be asked for.
+        may_ask = bool(received.request) and received.plain is received.body
+        tokens = may_ask and await endpoint.gives_tokens(headers)
+        prepared = wire.prepare(received.body, received.request, tokens=tokens)
+        policy, version = None, None
+        if endpoint is self._upstreams.main:
+            policy, version = self._switch.policy_of(received.request.get("model"))
         return Call(
             wire=wire,
-            body=plain,
-            request=parsed,
+            body=received.plain,
+            request=received.request,
             prepared=prepared,
-            altered=prepared.body is not body or prepared.path is not None,
-            secrets=secrets_of(request.headers, self._upstream.key),
+            altered=prepared.body is not received.body or prepared.path is not None,
+            secrets=secrets_of(request.headers, endpoint.upstream.key),
             attribution=await self._attributor.attribute(split.attribution, request.headers),
             policy=policy,
             policy_version=version,
         )
-
-    async def _asks_for_tokens(self, headers: Mapping[str, str]) -> bool:
-        if self._capture == "auto":
-            return bool(await self._engine.is_vllm(headers))
-        return self._capture == "tokens"
 
     async def _relay(
         self, request: web.Request, answer: aiohttp.ClientResponse, call: Call

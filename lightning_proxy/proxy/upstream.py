@@ -35,7 +35,7 @@ _LARGE_BODY = 2**20  # bytes; aiohttp warns of larger ones in one piece
 _connected: ContextVar[bool] = ContextVar("connected", default=False)
 
 
-class _TellsNew(aiohttp.BaseConnector):
+class _Telling(aiohttp.BaseConnector):
     """Tells whether the request under way got a connection of its own, or one from the pool."""
 
     async def _create_connection(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,12 +43,12 @@ class _TellsNew(aiohttp.BaseConnector):
         return await super()._create_connection(*args, **kwargs)
 
 
-class _TCPConnector(_TellsNew, aiohttp.TCPConnector):
-    pass
+class _Connector(_Telling, aiohttp.TCPConnector):
+    """Over TCP."""
 
 
-class _UnixConnector(_TellsNew, aiohttp.UnixConnector):
-    pass
+class _UnixConnector(_Telling, aiohttp.UnixConnector):
+    """To a Unix socket."""
 
 
 class _Every(set[str]):
@@ -84,7 +84,7 @@ class Upstream:
     async def start(self, socket: Path | None = None) -> None:
         """Open the connection pool: over TCP, or to a Unix socket."""
         connector = (
-            _TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
+            _Connector(limit=0, keepalive_timeout=_IDLE_S)
             if socket is None
             else _UnixConnector(str(socket), limit=0, keepalive_timeout=_IDLE_S)
         )

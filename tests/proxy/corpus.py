@@ -303,7 +303,8 @@ def others(model: str, chat: Json) -> list[Case]:
         "/nowhere": {},
     }
     plain = ["/v1/models", f"/v1/models/{model}", "/v1/models/nobody", "/v1/models/org%2Fname?x=%20y&&z",
-             "/health", "/version", "/", "/?q=1", "/v1", "/v1/", "/v1?a=b", "/favicon.ico", "/v1/files/f%25?a",
+             "/health", "/version", "/", "/?q=1", "/v1", "/v1/", "/v1?a=b", "/favicon.ico",
+             "/v1/files/f%20%25?a",
              "/v1/a/../b/./c//d;e=f:@!$'()*,=+~", "/v1/api/rollouts", "/openapi"]  # fmt: skip
     heads, methods = ("/", "/health", "/v1/models", "/v1/x"), ("DELETE", "OPTIONS", "POST", "PURGE")
     return [
