@@ -51,10 +51,15 @@ class _UnixConnector(_Telling, aiohttp.UnixConnector):
     """To a Unix socket."""
 
 
+class _Every(set[str]):
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
 class _Request(aiohttp.ClientRequest):
     """A request without a body says nothing of its length, whatever its method."""
 
-    GET_METHODS = aiohttp.ClientRequest.ALL_METHODS
+    GET_METHODS = _Every()
 
 
 class _Response(aiohttp.ClientResponse):

@@ -153,6 +153,14 @@ class FakeEngine:
         if self.poisoned:
             self.on_death()
             return
+        try:
+            if body.get("stream"):
+                self._events(request, script, [])
+            else:
+                _whole_answer(request.path, request.body, script, self.model, (), self.name)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            await connection.answer_json(400, shapes.error(400, f"{type(error).__name__}: {error}"))
+            return
         if not self._running.is_set():
             await connection.wait(self._running.wait())
         self._busy += 1

@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import threading
+from itertools import product
 from typing import Any
 
 import pytest
@@ -72,6 +73,17 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
+def read_to_end(connection: socket.socket) -> tuple[bytes, bool]:
+    """Everything that comes, and whether it ended in a reset."""
+    got = b""
+    try:
+        while piece := connection.recv(65536):
+            got += piece
+    except ConnectionResetError:
+        return got, True
+    return got, False
+
+
 @contextlib.contextmanager
 def cutting_upstream(framing: Framing, by: str) -> Any:
     """Sends what there is, and breaks off once ``cut`` is set: what was sent before has arrived by then."""
@@ -90,13 +102,12 @@ def cutting_upstream(framing: Framing, by: str) -> Any:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("by", ["close", "reset"])
-@pytest.mark.parametrize("framing", [*FRAMINGS, *UNTIL_CLOSED])
+# An answer that ends with its connection ends well where that is closed: nobody can tell.
+@pytest.mark.parametrize(("framing", "by"), [*product(FRAMINGS, ["close", "reset"]),
+                                             *product(UNTIL_CLOSED, ["reset"])])  # fmt: skip
 def test_however_an_answer_is_cut_it_is_cut_for_the_agent(
     make_proxy: MakeProxy, framing: str, by: str, target: str
 ) -> None:
-    if framing in UNTIL_CLOSED and by == "close":
-        pytest.skip("nobody can tell: such an answer ends so")
     with cutting_upstream({**FRAMINGS, **UNTIL_CLOSED}[framing], by) as (upstream, cut):
         proxy = make_proxy(upstream.base_url)
         threading.Timer(0.1, cut.set).start()
@@ -120,13 +131,8 @@ def test_an_agent_of_http_1_0_sees_a_cut_as_well(
             raw = json.dumps(HELLO).encode()
             agent.sendall(f"POST {target} HTTP/1.0\r\nContent-Length: {len(raw)}\r\n\r\n".encode() + raw)
             threading.Timer(0.1, cut.set).start()
-            got = b""
-            with pytest.raises(ConnectionResetError):
-                while piece := agent.recv(65536):
-                    got += piece
-                declared = b"content-length" in got.lower()
-                assert declared, "a clean end, and no length to tell that it is a cut"
-                raise ConnectionResetError  # shorter than it said
+            got, was_reset = read_to_end(agent)
+            assert was_reset or b"content-length" in got.lower(), "a clean end, and no length to tell"
 
 
 def test_what_came_before_a_cut_reaches_a_slow_reader(make_proxy: MakeProxy) -> None:
@@ -251,7 +257,7 @@ RARE = {
     "no content type": http_answer(WHOLE, "Server: x"),
     "no server": http_answer(WHOLE, "Content-Type: a/b"),
     "an empty body": http_answer(b"", "Content-Type: a/b"),
-    "headers twice": http_answer(WHOLE, "Content-Type: a/b", "X-A: 1", "Vary: a", "X-A: 2", "X-B: 3", "Vary: b"),
+    "headers twice": http_answer(WHOLE, "Content-Type: a/b", "X-A: 1", "Vary: a", "X-A: 2", "Vary: b"),
     "ids and limits": http_answer(
         b"slow down", "Retry-After: 7", "x-request-id: q", "request-id: r", "x-ratelimit-reset-tokens: 1s",
         status="429 Too Many Requests",
