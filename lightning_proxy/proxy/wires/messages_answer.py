@@ -278,15 +278,15 @@ def _blocks(message: _Message) -> list[Json]:
         blocks.append(thought)
     if message.content:
         blocks.append({"type": "text", "text": message.content})
-    for call in message.tool_calls:
+    # All are read before one is written: that is the order in which vLLM fails.
+    for call, parsed in [(call, _parsed(call.function.arguments)) for call in message.tool_calls]:
         block: Json = {"type": "tool_use", "id": call.id, "name": call.function.name}
-        arguments = _input(call.function.arguments)
-        blocks.append(block if arguments is None else {**block, "input": arguments})
+        blocks.append(block if parsed is None else {**block, "input": _written(parsed)})
     return blocks or [{"type": "text", "text": ""}]
 
 
-def _input(arguments: str) -> orjson.Fragment | None:
-    """A call's arguments, as vLLM spells them; None for null, which it leaves out.
+def _parsed(arguments: str) -> Json | None:
+    """A call's arguments; None for null, which vLLM leaves out.
 
     Raises Refused where vLLM fails on them, and so answers with an error in place of the message.
     """
@@ -294,13 +294,15 @@ def _input(arguments: str) -> orjson.Fragment | None:
         parsed = json.loads(arguments)
     except ValueError as error:
         raise Refused(400, _error(str(error))) from error
-    if parsed is None:
-        return None
-    if not isinstance(parsed, dict):
+    if parsed is not None and not isinstance(parsed, dict):
         raise Refused(400, _error("the input of a tool call is not an object"))
+    return parsed
+
+
+def _written(arguments: Json) -> orjson.Fragment:
+    """Arguments as Python's own JSON writes them: integers of any length. Raises Refused."""
     try:
-        # Python's own JSON: integers of any length.
-        text = json.dumps(parsed, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return orjson.Fragment(text.encode())
     except ValueError as error:  # numbers and characters that JSON has no word for
         said = {"message": str(error), "type": "BadRequestError", "param": None, "code": 400}
