@@ -62,22 +62,29 @@ class Call:
 
     def finish_stream(self) -> bytes:
         """The stream came to a clean end; return what is left of it."""
+        rest = self._collector.rest(self._events.rest())
         self.ended = True
-        return self._events.rest()
+        return rest
 
     def whole(self, body: bytes) -> bytes:
         """Take a whole answer; return it as the agent gets it."""
         self.first_byte_at = time.time()
+        try:
+            answer = self._whole(body)
+        except CAPTURE_FAULTS as error:
+            self.note_fault(error)
+            self._error_body = answer = body
         self.ended = True
+        return answer
+
+    def _whole(self, body: bytes) -> bytes:
         if self.status is not None and self.status >= 400:
             self._error_body = body
             return self._collector.refusal(body)
-        try:
-            return self._collector.whole(body)
-        except CAPTURE_FAULTS as error:
-            self.note_fault(error)
-            self._error_body = body
-            return body
+        answer = self._collector.whole(body)
+        if self._collector.status is not None:
+            self.status, self._error_body = self._collector.status, answer
+        return answer
 
     def _event(self, event: Event) -> bytes:
         if event.data is None:

@@ -224,7 +224,9 @@ class Forwarder:
         if not call.streamed:
             body = taker.whole(b"".join([chunk async for chunk in _chunks(answer)]))
             await self._commit(call)
-            return web.Response(status=answer.status, reason=answer.reason, headers=headers, body=body)
+            status = call.status  # a translation may have changed it
+            reason = answer.reason if status == answer.status else None
+            return web.Response(status=status, reason=reason, headers=headers, body=body)
         response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
         await response.prepare(request)
         committed = False
