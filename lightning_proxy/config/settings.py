@@ -217,6 +217,35 @@ class TrainSettings(_Table):
         return self
 
 
+class RoleSettings(_Table):
+    """One agent of a multi-agent system, by what it sends. All that is given here must hold.
+
+    The first role in the file that fits a call is its role, unless path or header name one.
+    `lightning-proxy spans roles` lists the agents seen, with lines to paste here.
+    """
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,199}$", description="What the role is called in spans."
+    )
+    fingerprint: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{8}$",
+        description="Of system prompt and tools together, as `lightning-proxy spans roles` shows it.",
+    )
+    system_contains: str | None = Field(
+        default=None, min_length=1, description="A piece of the system prompt, letter by letter."
+    )
+    tools: tuple[str, ...] = Field(
+        default=(), description="Names of tools that it has, with or without others."
+    )
+
+    @model_validator(mode="after")
+    def _tells_something(self) -> Self:
+        if self.fingerprint is None and self.system_contains is None and not self.tools:
+            raise ValueError(f"role {self.name!r} needs a fingerprint, system_contains or tools")
+        return self
+
+
 class Settings(_Table):
     """All tables of ``lightning.toml``."""
 
@@ -225,3 +254,4 @@ class Settings(_Table):
     policy: PolicySettings = PolicySettings()
     engine: EngineSettings = EngineSettings()
     train: TrainSettings = TrainSettings()
+    roles: tuple[RoleSettings, ...] = ()

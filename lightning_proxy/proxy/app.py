@@ -34,6 +34,7 @@ from .hold import Hold
 from .keys import Attributor
 from .metrics import Metrics
 from .recorder import Recorder
+from .roles import Roles
 from .switch import Switch
 from .tasks import Tasks
 from .upstream import Upstream
@@ -134,7 +135,11 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         tasks=tasks,
         tolerance=settings.train.verify_tolerance,
     )
-    attributor = Attributor(lambda key: reader(lambda store: store.owner_of_key(key)))
+    attributor = Attributor(
+        lambda key: reader(lambda store: store.owner_of_key(key)),
+        lambda digests, ids: reader(lambda store: store.conversation_ends(digests, ids)),
+        Roles(settings.roles),
+    )
     forwarder = Forwarder(
         upstream=upstream,
         engine=engine,

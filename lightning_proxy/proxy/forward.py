@@ -152,7 +152,9 @@ class Forwarder:
             body=body,
             request=parsed,
             prepared=prepared,
-            attribution=await self._attributor.attribute(split.attribution, request.headers),
+            attribution=await self._attributor.attribute(
+                split.attribution, request.headers, wire=wire.name, request=parsed, body=body
+            ),
             policy=policy,
             policy_version=version,
         )
