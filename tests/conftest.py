@@ -142,9 +142,9 @@ def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
     started: list[ProxyThread] = []
 
     def make(upstream: str, **tables: dict[str, object]) -> ProxyThread:
-        given = {name: dict(table) for name, table in tables.items()}
-        given["proxy"] = {"upstream": upstream, "port": 0, **given.get("proxy", {})}
-        given["store"] = {"db": tmp_path / "lightning.db", **given.get("store", {})}
+        given: dict[str, object] = dict(tables)
+        given["proxy"] = {"upstream": upstream, "port": 0, **tables.get("proxy", {})}
+        given["store"] = {"db": tmp_path / "lightning.db", **tables.get("store", {})}
         started.append(ProxyThread(Settings.model_validate(given)))
         return started[-1]
 

@@ -210,7 +210,9 @@ class Lineage:
             owner, alone = found
             if not alone:
                 return owner, ONE_OF_SEVERAL_SURE
-            return owner, WHOLE_SURE if number == last else PART_SURE
+            # In a prompt without messages the later points are only lengths that others had.
+            whole = number == last or place.prompt is not None
+            return owner, WHOLE_SURE if whole else PART_SURE
         return self._rewritten(place)
 
     def _rewritten(self, place: Place) -> tuple[Owner | None, float]:
@@ -294,16 +296,21 @@ class Lineage:
             if number == 0:
                 digest = hasher.digest()
                 self._passages.remember(owner, place.turns, turns)
-        self._remember(owner, keys)
+        self._remember(owner, keys, first_of_rollout=found.by == "none")
         return digest
 
-    def _remember(self, owner: Owner, keys: Iterable[_Key]) -> None:
+    def _remember(self, owner: Owner, keys: Iterable[_Key], *, first_of_rollout: bool = False) -> None:
         owner.keys = tuple(dict.fromkeys(keys))
         for key in owner.keys:
-            alike = self._by_key.setdefault(key, [])
-            alike[:] = [other for other in alike if other.rollout_id != owner.rollout_id]
+            alike = self._by_key.get(key)
+            if alike is None:
+                self._by_key[key] = [owner]
+                continue
+            if not first_of_rollout:
+                alike[:] = [other for other in alike if other.rollout_id != owner.rollout_id]
             alike.append(owner)
-            del alike[:-_MOST_ALIKE]
+            if len(alike) > _MOST_ALIKE:
+                del alike[0]
         self._owners.append(owner)
         if len(self._owners) > self._most_calls:
             self._forget(self._owners.popleft())

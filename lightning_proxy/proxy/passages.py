@@ -8,8 +8,10 @@ longest line of that call's reply. More than one rollout that it could be: it st
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from .conversation import ASSISTANT, SYSTEM, USER, Turn
@@ -29,19 +31,28 @@ class _Passage(NamedTuple):
     prompt_length: int
 
 
+@dataclass(slots=True)
+class _Alike:
+    """Passages of replies to prompts that begin alike."""
+
+    passages: deque[_Passage] = field(default_factory=lambda: deque(maxlen=_MOST_ALIKE))
+    shortest: int = sys.maxsize  # characters of the shortest of those prompts
+
+
 class Passages:
     """The longest line of each reply to a prompt without assistant turns, by how the prompt begins."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[int, str], deque[_Passage]] = OrderedDict()
+        self._known: OrderedDict[tuple[int, str], _Alike] = OrderedDict()
 
     def find(self, turns: Sequence[Turn], weak: int) -> Owner | None:
         """Whose reply this prompt holds, if exactly one rollout's."""
-        if (key := _key(turns)) is None or key not in self._known:
+        alike = self._known.get(key) if (key := _key(turns)) is not None else None
+        if alike is None or alike.shortest >= len(turns[-1].text):
             return None
         prompt = turns[-1].text
         found: Owner | None = None
-        for passage in self._known[key]:
+        for passage in alike.passages:
             owner = passage.owner
             if passage.prompt_length >= len(prompt) or (owner.weak and weak and owner.weak != weak):
                 continue
@@ -58,9 +69,10 @@ class Passages:
         line = max(reply[0].text.splitlines(), key=len, default="").strip()
         if len(line) < _SHORTEST:
             return
-        known = self._known.setdefault(key, deque(maxlen=_MOST_ALIKE))
+        alike = self._known.setdefault(key, _Alike())
         self._known.move_to_end(key)
-        known.append(_Passage(owner, line[:_LONGEST], len(turns[-1].text)))
+        alike.passages.append(_Passage(owner, line[:_LONGEST], len(turns[-1].text)))
+        alike.shortest = min(alike.shortest, len(turns[-1].text))
         if len(self._known) > _MOST_PROMPTS:
             self._known.popitem(last=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -145,6 +145,12 @@ class Spans(Rollouts):
                 (rollout_id, attempt),
             )
         )
+
+    def recent_requests(self, limit: int) -> Iterator[tuple[str, str | None, str, bytes]]:
+        """``(rollout id, role, wire, request)`` of the newest spans, newest first, one at a time."""
+        sql = "SELECT rollout_id, role, wire, request FROM spans ORDER BY span_id DESC LIMIT ?"
+        for row in self.connection.execute(sql, (limit,)):
+            yield tuple(row)
 
     def conversation_ends(
         self, digests: Sequence[bytes], response_ids: Sequence[str] = ()

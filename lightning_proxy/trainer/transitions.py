@@ -198,9 +198,7 @@ def _why_not_generation(generation: Generation, max_tokens: int) -> Reason | Non
     return None
 
 
-def _next_prompt(
-    spans: Sequence[Span], start: int, unseen: frozenset[int], policy: str
-) -> array[int] | None:
+def _next_prompt(spans: Sequence[Span], start: int, unseen: frozenset[int], policy: str) -> array[int] | None:
     for position in range(start, len(spans)):
         span = spans[position]
         if position not in unseen and span.policy == policy and span.generations:
