@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 from aiohttp import web
@@ -134,7 +134,7 @@ class ProxyProcess:
 class MakeProxy(Protocol):
     """Start a proxy before an upstream; keyword arguments are table names of the settings."""
 
-    def __call__(self, upstream: str, **tables: dict[str, object]) -> ProxyThread: ...
+    def __call__(self, upstream: str, **tables: Any) -> ProxyThread: ...
 
 
 class MakeProxyProcess(Protocol):
@@ -150,10 +150,10 @@ def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
     """Start proxies in this process: ``make_proxy(engine.base_url, proxy={"token": "s"})``."""
     started: list[ProxyThread] = []
 
-    def make(upstream: str, **tables: dict[str, object]) -> ProxyThread:
-        given = {name: dict(table) for name, table in tables.items()}
-        given["proxy"] = {"upstream": upstream, "port": 0, **given.get("proxy", {})}
-        given["store"] = {"db": tmp_path / "lightning.db", **given.get("store", {})}
+    def make(upstream: str, **tables: Any) -> ProxyThread:
+        given: dict[str, object] = dict(tables)
+        given["proxy"] = {"upstream": upstream, "port": 0, **tables.get("proxy", {})}
+        given["store"] = {"db": tmp_path / "lightning.db", **tables.get("store", {})}
         started.append(ProxyThread(Settings.model_validate(given)))
         return started[-1]
 

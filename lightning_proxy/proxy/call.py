@@ -121,6 +121,7 @@ class Call:
         if captured is None and error_class is None:
             error_class, error = "capture_fault", self.fault
         attribution = self.attribution
+        strand = attribution.strand
         return Span(
             rollout_id=attribution.rollout_id,
             attempt=attribution.attempt,
@@ -146,6 +147,8 @@ class Call:
             fidelity=self._fidelity(captured.fidelity if captured else None),
             error_class=error_class,
             error=without_secrets(error, self.secrets)[:_LONGEST_ERROR] if error else None,
+            retry=attribution.retry,
+            conversation=None if strand is None else strand.ended(captured.response if captured else None),
         )
 
     def _generations(self) -> tuple[Generation, ...]:

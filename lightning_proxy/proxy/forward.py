@@ -207,7 +207,13 @@ class Forwarder:
             prepared=prepared,
             altered=prepared.body is not received.body or prepared.path is not None,
             secrets=secrets_of(request.headers, endpoint.upstream.key),
-            attribution=await self._attributor.attribute(split.attribution, request.headers),
+            attribution=await self._attributor.attribute(
+                split.attribution,
+                request.headers,
+                wire=wire.name,
+                request=received.request,
+                body=received.plain,
+            ),
             policy=policy,
             policy_version=version,
         )

@@ -33,7 +33,7 @@ def other(make_engine: MakeEngine) -> EngineThread:
 def test_a_model_goes_to_the_upstream_that_names_it_and_the_rest_to_the_main_one(
     make_proxy: MakeProxy, engine: EngineThread, other: EngineThread
 ) -> None:
-    proxy = make_proxy(engine.base_url, upstreams={"openai": {"models": ("gpt-*",), "url": other.base_url}})
+    proxy = make_proxy(engine.base_url, upstreams=[{"models": ("gpt-*",), "url": other.base_url}])
     ours = chat(proxy)
     theirs = chat(proxy, model="gpt-9", stream=True)
     assert (ours.status, theirs.status) == (200, 200)
@@ -49,10 +49,10 @@ def test_the_first_upstream_that_fits_takes_the_call(
 ) -> None:
     proxy = make_proxy(
         engine.base_url,
-        upstreams={
-            "one": {"models": ("gpt-9",), "url": other.base_url},
-            "two": {"models": ("*",), "url": "http://127.0.0.1:9/v1"},
-        },
+        upstreams=[
+            {"models": ("gpt-9",), "url": other.base_url},
+            {"models": ("*",), "url": "http://127.0.0.1:9/v1"},
+        ],
     )
     assert chat(proxy, model="gpt-9").status == 200
     assert chat(proxy, model="policy").status == 502
@@ -62,7 +62,7 @@ def test_the_first_upstream_that_fits_takes_the_call(
 def test_a_call_that_is_not_captured_goes_by_its_model_too(
     make_proxy: MakeProxy, engine: EngineThread, other: EngineThread, path: str
 ) -> None:
-    proxy = make_proxy(engine.base_url, upstreams={"openai": {"models": ("text-*",), "url": other.base_url}})
+    proxy = make_proxy(engine.base_url, upstreams=[{"models": ("text-*",), "url": other.base_url}])
     raw = json.dumps({"model": "text-embedding-3", "input": "x"}).encode()
     assert send(proxy.url, path, raw).body == raw  # the fake engine's echo
     assert [request.body for request in other.requests] == [raw]
@@ -82,11 +82,11 @@ def test_each_upstream_gets_its_own_key_and_no_span_holds_one(
     (tmp_path / "key").write_text("sk-of-the-file\n")
     proxy = make_proxy(
         engine.base_url,
-        upstreams={
-            "a": {"models": ("gpt-9",), "url": other.base_url, "api_key_env": "THEIR_KEY"},
-            "b": {"models": ("gpt-8",), "url": other.base_url, "api_key_file": tmp_path / "key"},
-            "c": {"models": ("gpt-7",), "url": other.base_url},
-        },
+        upstreams=[
+            {"models": ("gpt-9",), "url": other.base_url, "api_key_env": "THEIR_KEY"},
+            {"models": ("gpt-8",), "url": other.base_url, "api_key_file": tmp_path / "key"},
+            {"models": ("gpt-7",), "url": other.base_url},
+        ],
     )
     for model in ("policy", "gpt-9", "gpt-8", "gpt-7"):
         chat(proxy, [("Authorization", "Bearer sk-agent")], model=model)
@@ -107,7 +107,7 @@ def test_only_the_main_upstream_holds_calls_while_it_cannot_take_them(
     proxy = make_proxy(
         engine.base_url,
         proxy={"hold_timeout_s": 0.1},
-        upstreams={"openai": {"models": ("gpt-*",), "url": other.base_url}},
+        upstreams=[{"models": ("gpt-*",), "url": other.base_url}],
     )
     proxy.hold("a test")
     assert chat(proxy).status == 503
@@ -117,15 +117,18 @@ def test_only_the_main_upstream_holds_calls_while_it_cannot_take_them(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"api_key_env": "NOT_SET_ANYWHERE"}, "upstreams.x.api_key_env names NOT_SET_ANYWHERE, which is not"),
-        ({"api_key_file": Path("nowhere")}, "upstreams.x.api_key_file cannot be read"),
-        ({"api_key_file": Path("/dev/null")}, "upstreams.x.api_key_file: /dev/null is empty"),
+        (
+            {"api_key_env": "NOT_SET_ANYWHERE"},
+            "the upstream for m: api_key_env names NOT_SET_ANYWHERE, which is not",
+        ),
+        ({"api_key_file": Path("nowhere")}, "the upstream for m: api_key_file cannot be read"),
+        ({"api_key_file": Path("/dev/null")}, "api_key_file /dev/null is empty"),
     ],
 )
 def test_a_key_that_is_not_there_is_said_at_the_start(given: dict[str, object], said: str) -> None:
     settings = UpstreamSettings.model_validate({"models": ("m",), "url": "http://x/v1", **given})
     with pytest.raises(ConfigError, match=said):
-        endpoint_of("x", settings, None)
+        endpoint_of(settings, None)
 
 
 def text_of(answer: Answer) -> str:
@@ -144,7 +147,7 @@ def test_a_provider_is_called_through_litellm_and_its_calls_are_recorded_as_text
     make_proxy: MakeProxy, engine: EngineThread, other: EngineThread, stream: bool
 ) -> None:
     hosted = {"models": ("gpt-*",), "provider": "hosted_vllm", "url": other.base_url}
-    proxy = make_proxy(engine.base_url, upstreams={"hosted": hosted})
+    proxy = make_proxy(engine.base_url, upstreams=[hosted])
     other.script(Script(text="from afar"))
     answer = chat(proxy, [("Authorization", "Bearer sk-agent")], model="gpt-9", stream=stream)
     assert answer.status == 200
@@ -164,7 +167,7 @@ def test_a_providers_refusal_keeps_its_status_and_its_advice(
     make_proxy: MakeProxy, engine: EngineThread, other: EngineThread, stream: bool
 ) -> None:
     hosted = {"models": ("gpt-*",), "provider": "hosted_vllm", "url": other.base_url}
-    proxy = make_proxy(engine.base_url, upstreams={"hosted": hosted})
+    proxy = make_proxy(engine.base_url, upstreams=[hosted])
     other.script(Script(status=429, headers={"retry-after": "7"}))
     answer = chat(proxy, model="gpt-9", stream=stream)
     assert (answer.status, answer.header("retry-after")) == (429, "7")
@@ -177,7 +180,7 @@ def test_a_providers_stream_that_breaks_off_breaks_off_for_the_agent(
     make_proxy: MakeProxy, engine: EngineThread, other: EngineThread
 ) -> None:
     hosted = {"models": ("gpt-*",), "provider": "hosted_vllm", "url": other.base_url}
-    proxy = make_proxy(engine.base_url, upstreams={"hosted": hosted})
+    proxy = make_proxy(engine.base_url, upstreams=[hosted])
     other.script(Script(cut_after=3, cut_by="reset"))
     with pytest.raises(CUT):
         chat(proxy, model="gpt-9", stream=True)
@@ -190,7 +193,7 @@ def test_litellm_is_imported_only_where_a_provider_is_called(
     program = (
         "import sys, lightning_proxy.proxy.app as app; from lightning_proxy.config import Settings; "
         "app.create_app(Settings.model_validate({'proxy': {'upstream': 'http://x/v1'}, 'upstreams': "
-        "{'a': {'models': ('m',), 'provider': 'anthropic'}}})); print('litellm' in sys.modules)"
+        "[{'models': ('m',), 'provider': 'anthropic'}]})); print('litellm' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -200,7 +203,7 @@ def test_paths_that_a_provider_does_not_have_are_said_to_be_missing(
     make_proxy: MakeProxy, engine: EngineThread, other: EngineThread
 ) -> None:
     hosted = {"models": ("gpt-*",), "provider": "hosted_vllm", "url": other.base_url}
-    proxy = make_proxy(engine.base_url, upstreams={"hosted": hosted})
+    proxy = make_proxy(engine.base_url, upstreams=[hosted])
     answer = send(proxy.url, "/v1/images/generations", json.dumps({**HELLO, "model": "gpt-9"}).encode())
     assert answer.status == 404
     assert send(proxy.url, CHAT, json.dumps({"model": "gpt-0", "messages": []}).encode()).status == 404
