@@ -597,7 +597,9 @@ def chunks(draw: st.DrawFn) -> list[Any]:
     made: list[Any] = []
     for chunk in good:
         fate = draw(st.sampled_from(["kept"] * 12 + ["lost", "doubled", "replaced"]))
-        made += {"kept": [chunk], "lost": [], "doubled": [chunk, chunk], "replaced": [draw(ANYTHING)]}[fate]
+        made += [chunk] * {"kept": 1, "doubled": 2}.get(fate, 0)
+        if fate == "replaced":
+            made.append(draw(ANYTHING))
     return made
 
 

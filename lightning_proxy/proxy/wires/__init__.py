@@ -9,6 +9,8 @@ gets what it would have got without us. ``wire_for`` is the table of paths.
 ``choices``      answers made of choices: ``chat``, ``completions``
 ``responses``    Responses: as it is, or by way of Chat Completions where tools may be called
 ``translated``   one API for the agent, Chat Completions for the engine
+``messages``     Anthropic's: ``messages_request`` and ``messages_answer`` translate,
+                 ``messages_native`` records what is not translated
 ===============  ===============================================================================
 """
 
@@ -17,11 +19,13 @@ from __future__ import annotations
 from .base import Captured, Collector, Prepared, Wire
 from .chat import ChatWire
 from .completions import CompletionsWire
+from .messages import MessagesWire
 from .responses import ResponsesWire
 
 _WIRES: dict[str, Wire] = {
     "/v1/chat/completions": ChatWire(),
     "/v1/completions": CompletionsWire(),
+    "/v1/messages": MessagesWire(),
     "/v1/responses": ResponsesWire(),
 }
 

@@ -46,6 +46,7 @@ class Collector(ABC):
     ``Untranslatable`` instead, and keeps faults of recording to itself (in ``fault``).
     """
 
+    status: int | None = None  # of the answer, where the agent's API has another than the engine gave
     ended = False  # the answer is whole: what is fed from here on comes after its end
     failed: str | None = None  # an error that the engine sent inside a stream
     fault: Exception | None = None  # recording failed, the answer did not
@@ -62,12 +63,9 @@ class Collector(ABC):
         """Take the body of an answer with a status of 400 or more."""
         return body
 
-    def stream_over(self) -> None:  # noqa: B027 - most have nothing to say to that
-        """The engine's stream came to a clean end.
-
-        Raises Untranslatable where the agent, too, would take that for the end of its answer, but
-        what it has got is not whole.
-        """
+    def rest(self, rest: bytes) -> bytes:
+        """Take what came after the last event of a stream that came to a clean end."""
+        return rest
 
     @property
     @abstractmethod
