@@ -434,17 +434,20 @@ def test_token_data_of_any_other_kind_is_no_trouble(
     assert recorded(proxy, 2)[1].error_class == "capture_fault"
 
 
-def test_upstreams_that_answer_the_probe_with_nonsense_are_asked_for_nothing(make_proxy: MakeProxy) -> None:
+@pytest.mark.parametrize("nonsense", [b'{"output": 3}', b"[]", b"x", b'{"input_messages": [7]}'])
+def test_upstreams_that_answer_the_probe_with_nonsense_are_asked_for_nothing(
+    make_proxy: MakeProxy, nonsense: bytes
+) -> None:
     seen: list[Json] = []
 
     def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
         seen.append(orjson.loads(body))
-        connection.sendall(http_answer(b'{"output": 3}', "Content-Type: application/json"))
+        connection.sendall(http_answer(nonsense, "Content-Type: application/json"))
         return True
 
     with raw_upstream(answer) as upstream:
         proxy = make_proxy(upstream.base_url)
-        assert ask(proxy.url, TOOLS).body == ask(proxy.url, TOOLS).body == b'{"output": 3}'
+        assert ask(proxy.url, TOOLS).body == ask(proxy.url, TOOLS).body == nonsense
     assert seen[1:] == [TOOLS, TOOLS]
 
 
@@ -543,6 +546,17 @@ def test_a_forced_tool_goes_as_it_is_where_it_changes_the_echo() -> None:
     habits = Habits(asks=True, shell=SHELL, tool=HABITS.tool, max_model_len=32768)
     assert prepared({**TOOLS, "tool_choice": "required"}, habits).path is None
     assert prepared({**TOOLS, "tool_choice": "none"}, habits).path == CHAT
+
+
+def test_what_is_added_is_spliced_in_behind_the_agents_own_bytes() -> None:
+    body = (
+        b' {"input" : "\\u00e9", "temperature":1.0000000000000001e-2, "seed":123456789012345678901234567890} '
+    )
+    ready = ResponsesWire(HABITS).prepare(body, orjson.loads(body), tokens=True)
+    added = b',"enable_response_messages":true,"include":["message.output_text.logprobs"]}'
+    assert ready.body == body.rstrip()[:-1] + added
+    assert ready.fallback is not None
+    assert ready.fallback.body is body
 
 
 def test_who_asked_for_everything_is_left_alone() -> None:
