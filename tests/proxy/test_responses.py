@@ -708,3 +708,73 @@ def _bare(message: Json) -> Json:
     if isinstance(made.get("content"), list):
         made["content"] = [part["text"] for part in made["content"]]
     return made
+
+
+PIECES = st.one_of(
+    st.builds(lambda text: {"content": text}, TEXTS),
+    st.builds(lambda text: {"reasoning": text}, TEXTS),
+    st.builds(lambda text, thought: {"content": text, "reasoning": thought}, TEXTS, TEXTS),
+    st.builds(lambda at, text: {"tool_calls": [_piece(at, "sql", text)]}, st.integers(0, 2), TEXTS),
+    st.builds(
+        lambda at, text: {"content": None, "tool_calls": [_piece(at, "sql", ""), _piece(at, None, text)]},
+        st.integers(0, 2),
+        TEXTS,
+    ),
+    st.builds(
+        lambda text, more: {"content": more, "tool_calls": [_piece(0, "a", text), _piece(1, "b", text)]},
+        TEXTS,
+        TEXTS,
+    ),
+)
+
+
+def _piece(index: int, name: str | None, arguments: str) -> Json:
+    function: Json = {"arguments": arguments} if name is None else {"name": name, "arguments": arguments}
+    return {"index": index, "function": function} | ({"id": "c", "type": "function"} if name else {})
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")  # vLLM's own imports warn
+@settings(deadline=None, max_examples=300)
+@given(st.lists(PIECES, max_size=6))
+def test_events_are_those_that_vllm_makes_of_the_same_deltas(deltas: list[Json]) -> None:
+    from vllm.entrypoints.generate.base.protocol import DeltaMessage
+    from vllm.entrypoints.openai.responses.streaming_events import (
+        SimpleStreamingEventProcessor,
+        _StateType,
+        split_delta,
+    )
+
+    processor = SimpleStreamingEventProcessor(tools=[])
+    theirs: list[Any] = []
+    for delta in deltas:
+        for part in split_delta(DeltaMessage.model_validate(delta)):
+            state, call = processor.resolve_target_state(part)
+            if state == _StateType.NONE:
+                continue
+            if processor.needs_transition(state, call):
+                theirs += [*processor.close_current(), *processor.open(state, call)]
+            theirs += processor.emit_delta(part, None)  # type: ignore[arg-type]  # for logprobs only
+    theirs += processor.close_current()
+
+    call_ = begin({**TOOLS, "stream": True}, streamed=True)
+    head: Json = {"id": "x", "created": 1, "model": "policy", "prompt_token_ids": [1]}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1}
+    endings: list[Json] = [
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+        {"choices": [], "usage": usage},
+    ]
+    sent = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    stream = b"".join(b"data: " + orjson.dumps({**head, **chunk}) + b"\n\n" for chunk in [*sent, *endings])
+    ours = call_.feed(stream + b"data: [DONE]\n\n").split(b"\n\n")[2:-2]
+
+    written = [f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}" for event in theirs]
+    assert comparable(_numbered([event.decode() for event in ours])) == comparable(_numbered(written))
+
+
+def _numbered(events: list[str]) -> str:
+    numbered = []
+    for number, event in enumerate(events):
+        name, _, data = event.partition("\ndata: ")
+        numbered.append(f"{name}\ndata: {json.dumps({**json.loads(data), 'sequence_number': number})}\n\n")
+    return "".join(numbered) or 'event: none\ndata: {"type": "none", "sequence_number": 0}\n\n'
