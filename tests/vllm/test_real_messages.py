@@ -115,7 +115,7 @@ REFUSED: list[Json] = [
     {"thinking": {"type": "enabled", "budget_tokens": 5}},
     {"thinking": {"type": "enabled", "budget_tokens": 2000}},
     {"tools": [{"name": "web_search", "type": "web_search_20250305"}]},
-    {"tools": [{"name": "undescribed", "input_schema": {}}]},
+    {"tools": [SQL, {"name": "undescribed", "input_schema": {}}], **SYSTEM},
     {"tools": [SQL], "tool_choice": {"type": "tool", "name": "other"}},
     {"tools": [SQL], "tool_choice": {"type": "tool"}},
 ]
