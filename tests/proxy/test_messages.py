@@ -553,7 +553,7 @@ FIELDS = st.sampled_from(
         "top_k",
         "top_p",
         "chat_template_kwargs",
-    ]  # fmt: skip
+    ]
 )
 
 
