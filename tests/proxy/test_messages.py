@@ -342,8 +342,6 @@ def test_an_error_inside_a_stream_is_an_error_event_and_no_end(
 def test_an_agent_that_hangs_up_stops_the_generation(
     engine: EngineThread, proxy: ProxyThread, fields: Json
 ) -> None:
-    engine.script(Script(chunk_delay_s=0.05), path="/v1/")
-    send(proxy.url, "/v1/models")  # takes the script: the next one is for the call
     engine.script(Script(chunk_delay_s=0.05), path=MESSAGES if fields else CHAT)
     with Call(proxy.url, MESSAGES, body_of(fields, True)) as call:
         call.read_until(b"text_delta")
@@ -484,6 +482,161 @@ def test_a_stream_of_anthropics_own_that_breaks_off_is_not_taken_for_whole(end: 
     assert call.feed(raw) + call.finish_stream() == raw
     span = call.span(policy_version_end=None)
     assert (span.error_class, span.response) == ("engine_error" if end else "cut_stream", None)
+
+
+# -- what the fake engine never says or is asked -------------------------------------------------
+
+
+def chunk_of(delta: Json, **choice: Any) -> Json:
+    choices = [{"index": 0, "delta": delta, "finish_reason": None, **choice}]
+    return {"id": "chatcmpl-1", "model": "m", "choices": choices, "usage": {"prompt_tokens": 7}}
+
+
+def call_delta(index: int, arguments: str, call_id: str | None = None) -> Json:
+    named = {"id": call_id, "type": "function"} if call_id else {}
+    function = {"name": "sql", "arguments": arguments} if call_id else {"arguments": arguments}
+    return {"index": index, **named, "function": function}
+
+
+def test_thoughts_text_and_calls_are_blocks_one_after_the_other() -> None:
+    call = begin(body_of({}, True))
+    chunks = [
+        chunk_of({"role": "assistant", "content": ""}),
+        chunk_of({"reasoning": "hm"}),
+        chunk_of({"reasoning": "", "content": "I look."}),
+        chunk_of({"tool_calls": [call_delta(0, '{"q"', "c0")]}),
+        chunk_of({"content": "meanwhile"}),
+        chunk_of({"tool_calls": [call_delta(0, ": 1}"), call_delta(1, "{}", "c1")]}),
+        chunk_of({}, finish_reason="stop", stop_reason="END"),
+        {
+            **chunk_of({}),
+            "choices": [],
+            "usage": {
+                "prompt_tokens": 7,
+                "completion_tokens": 9,
+                "prompt_tokens_details": {"cached_tokens": 4, "created_cache_tokens": 1},
+            },
+        },
+    ]
+    stream = b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks)
+    got = call.feed(stream + b"data: [DONE]\n\n").decode()
+    signature = re.search(r'"signature":"([0-9a-f]{32})"', got)
+    assert signature is not None
+    events = [
+        json.loads(line.removeprefix("data: ")) for line in got.split("\n") if line.startswith("data: ")
+    ]
+    spoken = [(e["type"].removeprefix("content_block_"), e.get("index"), told(e)) for e in events]
+    usage = {"input_tokens": 2, "output_tokens": 9}
+    usage |= {"cache_creation_input_tokens": 1, "cache_read_input_tokens": 4}
+    assert spoken == [
+        ("message_start", None, {"input_tokens": 7, "output_tokens": 0}),
+        ("start", 0, {"type": "thinking", "thinking": ""}),
+        ("delta", 0, {"type": "thinking_delta", "thinking": "hm"}),
+        ("delta", 0, {"type": "signature_delta", "signature": signature.group(1)}),
+        ("stop", 0, None),
+        ("start", 1, {"type": "text", "text": ""}),
+        ("delta", 1, {"type": "text_delta", "text": "I look."}),
+        ("stop", 1, None),
+        ("start", 2, {"type": "tool_use", "id": "c0", "name": "sql", "input": {}}),
+        ("delta", 2, {"type": "input_json_delta", "partial_json": '{"q"'}),
+        ("delta", 2, {"type": "input_json_delta", "partial_json": ": 1}"}),
+        ("stop", 2, None),
+        ("start", 3, {"type": "text", "text": ""}),
+        ("delta", 3, {"type": "text_delta", "text": "meanwhile"}),
+        ("stop", 3, None),
+        ("start", 4, {"type": "tool_use", "id": "c1", "name": "sql", "input": {}}),
+        ("delta", 4, {"type": "input_json_delta", "partial_json": "{}"}),
+        ("stop", 4, None),
+        ("message_delta", None, {"stop_reason": "stop_sequence", "stop_sequence": "END"}),
+        ("message_stop", None, None),
+    ]
+    assert events[-2]["usage"] == usage
+    kept = json.loads(call.span(policy_version_end=0).response or b"")
+    assert [block["type"] for block in kept["content"]] == [
+        "thinking",
+        "text",
+        "tool_use",
+        "text",
+        "tool_use",
+    ]
+    assert (kept["content"][2]["input"], kept["stop_sequence"]) == ({"q": 1}, "END")
+
+
+def told(event: Json) -> Any:
+    """The part of an event that is its own."""
+    message = event.get("message")
+    return message["usage"] if message else event.get("content_block") or event.get("delta")
+
+
+def test_a_whole_answer_with_thoughts_and_a_stop_sequence() -> None:
+    call = begin(body_of({}), streamed=False)
+    function = {"name": "sql", "arguments": '{"n": 100000000000000000000, "é": null}'}
+    message: Json = {"role": "assistant", "content": "t", "reasoning": "hm"}
+    message["tool_calls"] = [{"id": "c0", "type": "function", "function": function}]
+    answer = chunk_of({}) | {"choices": [{"message": message, "finish_reason": "stop", "stop_reason": "x"}]}
+    got = call.whole(orjson.dumps(answer))
+    made = json.loads(got)
+    assert len(made["content"][0].pop("signature")) == 32
+    assert made == {
+        "id": "chatcmpl-1",
+        "type": "message",
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "hm"},
+            {"type": "text", "text": "t"},
+            {"type": "tool_use", "id": "c0", "name": "sql", "input": {"n": 10**20, "é": None}},
+        ],
+        "model": "m",
+        "stop_reason": "stop_sequence",
+        "stop_sequence": "x",
+        "usage": {"input_tokens": 7, "output_tokens": 0},
+    }
+    assert call.span(policy_version_end=0).response == got
+
+
+def test_every_block_that_a_request_may_hold_finds_its_place() -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA"}}
+    linked = {"type": "image", "source": {"type": "url", "url": "https://x"}}
+    result: Json = {"type": "tool_result", "tool_use_id": "t1", "is_error": True}
+    result["content"] = [{"type": "text", "text": "1"}, linked, {"type": "text", "text": "2"}]
+    result["content"].append({"type": "tool_reference", "tool_name": "sql"})
+    use = {"type": "tool_use", "id": "t1", "name": "sql", "input": {"é": 1e16}, "caller": {"type": "direct"}}
+    thought = {"type": "thinking", "thinking": "hm", "signature": "s"}
+    fields = {
+        "system": [{"type": "text", "text": "x-anthropic-billing-header: 1"}, {"type": "text", "text": "s"}],
+        "messages": [
+            {"role": "user", "content": [image, {"type": "text", "text": ""}, {"type": "text", "text": "q"}]},
+            {"role": "assistant", "content": [thought, {"type": "redacted_thinking", "data": "x"}, use]},
+            {"role": "user", "content": [result]},
+        ],
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "max_tokens": 2000,
+        "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {"a": 1}}},
+    }
+    chat = orjson.loads(prepared(body_of(fields)).body)
+    function = {"name": "sql", "arguments": '{"\\u00e9": 1e+16}'}
+    assert chat["messages"] == [
+        {"role": "system", "content": "s"},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}},
+                {"type": "text", "text": "q"},
+            ],
+        },
+        {
+            "role": "assistant",
+            "reasoning": "hm",
+            "tool_calls": [{"id": "t1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "t1", "content": "1\n2"},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x"}}]},
+        {"role": "tool", "tool_call_id": "t1", "content": [{"type": "tool_reference", "name": "sql"}]},
+    ]
+    named = {"name": "json_schema", "schema": {"a": 1}}
+    assert chat["response_format"] == {"type": "json_schema", "json_schema": named}
+    assert (chat["reasoning_effort"], chat["thinking_token_budget"]) == ("low", 1024)
+    assert chat["max_tokens"] == chat["max_completion_tokens"] == 2000
 
 
 # -- whatever comes ------------------------------------------------------------------------------
