@@ -10,6 +10,7 @@ Anything else is echoed: body and content headers as they came, method and targe
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from functools import lru_cache
@@ -287,7 +288,7 @@ class FakeEngine:
         await connection.answer_json(200, shapes.models(self.name, self.owner, self.root))
 
     async def _count_tokens(self, request: Request, connection: Connection) -> None:
-        read = len(self.model.prompt_ids(messages.as_chat(request.json)))
+        read = len(self.model.prompt_ids(messages.as_chat(json.loads(request.body))))
         counted = {"input_tokens": read, "context_management": {"original_input_tokens": read}}
         await connection.answer_json(200, counted)
 
@@ -425,8 +426,10 @@ def _failure(path: str, message: str) -> bytes:
 
 def _parsed(path: str, body: bytes) -> dict[str, Any]:
     """A request as the model reads it."""
+    if path == MESSAGES:
+        return messages.as_chat(json.loads(body))  # integers of any length, as in vLLM
     parsed: dict[str, Any] = orjson.loads(body)
-    return messages.as_chat(parsed) if path == MESSAGES else parsed
+    return parsed
 
 
 # Preparing an answer costs more than sending it. A benchmark sends few different requests, so
