@@ -92,6 +92,7 @@ class Call:
         timeout: float = 30.0,
     ) -> None:
         parts = urlsplit(url)
+        target = parts.path + target
         self.connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
         try:
             self._send(method, target, body, headers, chunks)
