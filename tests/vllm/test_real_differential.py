@@ -22,7 +22,9 @@ NOT_EXACT = {
     "a byte order mark", "UTF-16", "Infinity", "numbers of every size", "a lone surrogate",
     "echo", "echo, streamed",
 }  # fmt: skip
-TRIES = 3
+# vLLM puts as many tokens into a chunk as are ready, so that on a busy machine some kinds of chunks
+# come in one stream and not in the next, with us or without.
+TRIES = 6
 
 
 @pytest.mark.parametrize("case", corpus(MODEL), ids=str)
@@ -30,12 +32,11 @@ def test_an_agent_gets_what_vllm_itself_would_have_answered(served: Served, case
     captured = wire_for(case.method, case.target.partition("?")[0]) is not None
     rollout = f"corpus-{next(numbers)}"
     prefix = f"/rollout/{rollout}" if captured else ""
+    directs: list[Answer] = []
     for tries in range(TRIES):
-        direct, through_us = (
-            send(url, case.target, case.body, case.headers, method=case.method, timeout=120)
-            for url in (served.engine_url, f"{served.url}{prefix}-{tries}" if captured else served.url)
-        )
-        # vLLM puts as many tokens into a chunk as are ready: now and then there is but one chunk.
+        directs.append(ask(served.engine_url, case))
+        through_us = ask(f"{served.url}{prefix}-{tries}" if captured else served.url, case)
+        direct = next((one for one in directs if same(one, through_us)), directs[-1])
         if not direct.body.startswith(b"data:") or same(direct, through_us):
             break
     assert (through_us.status, through_us.reason) == (direct.status, direct.reason)
@@ -44,6 +45,10 @@ def test_an_agent_gets_what_vllm_itself_would_have_answered(served: Served, case
     assert framing(through_us, case) == framing(direct, case)
     if captured:
         check_span(served, f"{rollout}-{tries}", case, direct.status)
+
+
+def ask(url: str, case: Case) -> Answer:
+    return send(url, case.target, case.body, case.headers, method=case.method, timeout=120)
 
 
 def same(one: Answer, other: Answer) -> bool:
