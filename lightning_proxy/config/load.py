@@ -31,27 +31,24 @@ ENV_PREFIX = "LIGHTNING_"
 @functools.cache
 def tables() -> Mapping[str, type[BaseModel]]:
     """The settings' tables by name, in the order in which they are declared."""
-    return {name: _table_class(info) for name, info in Settings.model_fields.items()}
+    return {name: type(table) for name, table in Settings() if isinstance(table, BaseModel)}
 
 
-def is_named(table: str) -> bool:
-    """Whether there is one such table per name, as in ``[upstreams.NAME]``."""
-    return get_origin(Settings.model_fields[table].annotation) is dict
-
-
-def _table_class(info: FieldInfo) -> type[BaseModel]:
-    annotation: Any = info.annotation
-    table: type[BaseModel] = get_args(annotation)[1] if get_origin(annotation) is dict else annotation
-    return table
+@functools.cache
+def lists() -> Mapping[str, type[BaseModel]]:
+    """What is written as ``[[name]]``, as often as one likes: the class of one entry, by name."""
+    return {
+        name: get_args(info.annotation)[0]
+        for name, info in Settings.model_fields.items()
+        if name not in tables()
+    }
 
 
 @functools.cache
 def fields() -> Mapping[str, FieldInfo]:
-    """Every setting by its dotted name, e.g. ``proxy.port`` or ``upstreams.NAME.url``."""
+    """Every setting by its dotted name, e.g. ``proxy.port``."""
     return {
-        f"{table}.NAME.{name}" if is_named(table) else f"{table}.{name}": info
-        for table, cls in tables().items()
-        for name, info in cls.model_fields.items()
+        f"{table}.{name}": info for table, cls in tables().items() for name, info in cls.model_fields.items()
     }
 
 
@@ -78,20 +75,20 @@ def load_settings(
             for key, value in (overrides or {}).items()
         ),
     ):
-        if _general(key) not in fields():
+        if key not in fields() and key not in lists():
             raise ConfigError(f"unknown setting {key} in {where}{_suggestion(key)}")
         given[key], origin[key] = value, where
     return _follow_proxy(_validate(given, origin))
 
 
 def _validate(given: Mapping[str, Any], origin: Mapping[str, str]) -> Settings:
-    nested: dict[str, Any] = {}
+    nested: dict[str, Any] = {table: {} for table in tables()}
     for key, value in given.items():
-        *path, name = key.split(".")
-        table = nested
-        for part in path:
-            table = table.setdefault(part, {})
-        table[name] = value
+        table, _, name = key.partition(".")
+        if name:
+            nested[table][name] = value
+        else:
+            nested[table] = value
     try:
         return Settings.model_validate(nested)
     except ValidationError as error:
@@ -130,22 +127,17 @@ def _from_file(config: Path | None) -> list[tuple[str, Any, str]]:
     found: list[tuple[str, Any, str]] = []
     for table, content in document.items():
         where = f"{path}, line {_line_of(text, table, None)}"
+        if table in lists():
+            if not isinstance(content, list):
+                raise ConfigError(f"{table} in {where} is a list: write [[{table}]] and its settings below")
+            found.append((table, content, where))
+            continue
         if table not in tables():
             raise ConfigError(f"unknown setting {table} in {where}{_suggestion(table)}")
         if not isinstance(content, dict):
             raise ConfigError(f"{table} in {where} must be a table: write [{table}] and its settings below")
-        for name, named in content.items() if is_named(table) else [("", content)]:
-            full = f"{table}.{name}" if name else table
-            if not isinstance(named, dict):
-                raise ConfigError(f"{full} in {where} must be a table: write [{table}.NAME] and its settings")
-            found += [(f"{full}.{k}", v, f"{path}, line {_line_of(text, full, k)}") for k, v in named.items()]
+        found += [(f"{table}.{k}", v, f"{path}, line {_line_of(text, table, k)}") for k, v in content.items()]
     return found
-
-
-def _general(key: str) -> str:
-    """``upstreams.NAME.url`` for ``upstreams.openai.url``: what ``fields`` calls it."""
-    table, *names, setting = key.split(".")
-    return f"{table}.NAME.{setting}" if names and table in tables() and is_named(table) else key
 
 
 def _line_of(text: str, table: str, name: str | None) -> int:
@@ -153,7 +145,7 @@ def _line_of(text: str, table: str, name: str | None) -> int:
     current, table_line = "", 1
     for number, line in enumerate(text.splitlines(), 1):
         key = re.match(r"\s*([\w.-]+)\s*=", line)
-        if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+        if header := re.match(r"\s*\[{1,2}\s*([\w.-]+)\s*\]", line):
             current = header[1]
         elif not key:
             continue
@@ -173,9 +165,9 @@ def _from_environment(env: Mapping[str, str]) -> list[tuple[str, Any, str]]:
         if not variable.startswith(ENV_PREFIX):
             continue
         table, double, name = variable.removeprefix(ENV_PREFIX).lower().partition("__")
-        key = f"{table}.{name.replace('__', '.')}"
+        key = f"{table}.{name}"
         if double:
-            info = fields().get(_general(key))
+            info = fields().get(key)
             found.append((key, _parse_text(text, info, variable) if info else text, variable))
         elif variable in mistyped:
             right = ENV_PREFIX + mistyped[variable].replace(".", "__").upper()
@@ -230,8 +222,9 @@ _LIMITS = {
 def _suggestion(key: str) -> str:
     """What the user may have meant, by the whole name, else by its last part; else what there is."""
     known = fields()
-    if "." not in key and (near := difflib.get_close_matches(key, tables(), n=1, cutoff=0.75)):
-        return f"; did you mean the table [{near[0]}]?"
+    names = {**{name: f"[{name}]" for name in tables()}, **{name: f"[[{name}]]" for name in lists()}}
+    if "." not in key and (near := difflib.get_close_matches(key, names, n=1, cutoff=0.75)):
+        return f"; did you mean the table {names[near[0]]}?"
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
         return f"; did you mean {near[0]}?"
     by_name = {dotted.rpartition(".")[2]: dotted for dotted in known}
@@ -245,15 +238,32 @@ def _suggestion(key: str) -> str:
 def _explain(error: ValidationError, given: Mapping[str, Any], origin: Mapping[str, str]) -> str:
     lines = []
     for problem in error.errors():
-        named = problem["loc"][0] in tables() and is_named(str(problem["loc"][0]))
-        key = ".".join(str(part) for part in problem["loc"][: 3 if named else 2])
+        key = ".".join(str(part) for part in problem["loc"][:2])
         reason = str(problem.get("ctx", {}).get("error", ""))
-        if key not in given:  # a rule over several settings of one table
-            lines.append(f"{key}: {reason}" if named else reason or f"{key}: {problem['msg']}")
+        if problem["loc"][0] in lists():
+            lines.append(_explain_entry(problem, origin))
             continue
-        info = fields()[_general(key)]
+        if key not in given:  # a rule over several settings of one table
+            lines.append(reason or f"{key}: {problem['msg']}")
+            continue
+        info = fields()[key]
         value = f"is {given[key]!r}" if info.repr else "is not what it may be"
         lines.append(
             f"{key} in {origin[key]} {value}; allowed: {allowed(info)}{f' ({reason})' if reason else ''}"
         )
     return "; ".join(dict.fromkeys(lines))
+
+
+def _explain_entry(problem: Any, origin: Mapping[str, str]) -> str:
+    """What is wrong with an entry of a list."""
+    name, *place = problem["loc"]
+    entry = f"[[{name}]]" + (f" number {place[0] + 1}" if place else "") + f" in {origin[name]}"
+    reason = str(problem.get("ctx", {}).get("error", "")) or problem["msg"]
+    if len(place) < 2:
+        return f"{entry}: {reason}"
+    settings = lists()[name].model_fields
+    if place[1] not in settings:
+        return f"{entry}: unknown setting {place[1]}; there are {', '.join(settings)}"
+    if problem["type"] == "missing":
+        return f"{entry}: {place[1]} is missing"
+    return f"{entry}: {place[1]} is {problem['input']!r}; allowed: {allowed(settings[place[1]])}"

@@ -35,6 +35,7 @@ from .keys import Attributor
 from .metrics import Metrics
 from .problem import problem
 from .recorder import Recorder
+from .roles import Roles
 from .switch import Switch
 from .tasks import Tasks
 from .upstream import Upstream, only_the_upstreams
@@ -129,7 +130,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
     engine = Engine(upstream_url, proxy.upstream_api_key)
     upstreams = Upstreams(
         Endpoint(Upstream(upstream_url, proxy.upstream_api_key, proxy.token), engine, proxy.capture),
-        [endpoint_of(name, one, proxy.token) for name, one in settings.upstreams.items()],
+        [endpoint_of(one, proxy.token) for one in settings.upstreams],
     )
     switch = Switch(
         policy=settings.policy.name,
@@ -140,7 +141,11 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         tasks=tasks,
         tolerance=settings.train.verify_tolerance,
     )
-    attributor = Attributor(lambda key: reader(lambda store: store.owner_of_key(key)))
+    attributor = Attributor(
+        lambda key: reader(lambda store: store.owner_of_key(key)),
+        lambda digests, ids: reader(lambda store: store.conversation_ends(digests, ids)),
+        Roles(settings.roles),
+    )
     forwarder = Forwarder(
         upstreams=upstreams,
         hold=hold,

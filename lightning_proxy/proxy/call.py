@@ -62,22 +62,29 @@ class Call:
 
     def finish_stream(self) -> bytes:
         """The stream came to a clean end; return what is left of it."""
+        rest = self._collector.rest(self._events.rest())
         self.ended = True
-        return self._events.rest()
+        return rest
 
     def whole(self, body: bytes) -> bytes:
         """Take a whole answer; return it as the agent gets it."""
         self.first_byte_at = time.time()
+        try:
+            answer = self._whole(body)
+        except CAPTURE_FAULTS as error:
+            self.note_fault(error)
+            self._error_body = answer = body
         self.ended = True
+        return answer
+
+    def _whole(self, body: bytes) -> bytes:
         if self.status is not None and self.status >= 400:
             self._error_body = body
             return self._collector.refusal(body)
-        try:
-            return self._collector.whole(body)
-        except CAPTURE_FAULTS as error:
-            self.note_fault(error)
-            self._error_body = body
-            return body
+        answer = self._collector.whole(body)
+        if self._collector.status is not None:
+            self.status, self._error_body = self._collector.status, answer
+        return answer
 
     def _event(self, event: Event) -> bytes:
         if event.data is None:
@@ -114,6 +121,7 @@ class Call:
         if captured is None and error_class is None:
             error_class, error = "capture_fault", self.fault
         attribution = self.attribution
+        strand = attribution.strand
         return Span(
             rollout_id=attribution.rollout_id,
             attempt=attribution.attempt,
@@ -139,6 +147,8 @@ class Call:
             fidelity=self._fidelity(captured.fidelity if captured else None),
             error_class=error_class,
             error=without_secrets(error, self.secrets)[:_LONGEST_ERROR] if error else None,
+            retry=attribution.retry,
+            conversation=None if strand is None else strand.ended(captured.response if captured else None),
         )
 
     def _generations(self) -> tuple[Generation, ...]:

@@ -207,7 +207,13 @@ class Forwarder:
             prepared=prepared,
             altered=prepared.body is not received.body or prepared.path is not None,
             secrets=secrets_of(request.headers, endpoint.upstream.key),
-            attribution=await self._attributor.attribute(split.attribution, request.headers),
+            attribution=await self._attributor.attribute(
+                split.attribution,
+                request.headers,
+                wire=wire.name,
+                request=received.request,
+                body=received.plain,
+            ),
             policy=policy,
             policy_version=version,
         )
@@ -224,7 +230,9 @@ class Forwarder:
         if not call.streamed:
             body = taker.whole(b"".join([chunk async for chunk in _chunks(answer)]))
             await self._commit(call)
-            return web.Response(status=answer.status, reason=answer.reason, headers=headers, body=body)
+            status = call.status  # a translation may have changed it
+            reason = answer.reason if status == answer.status else None
+            return web.Response(status=status, reason=reason, headers=headers, body=body)
         response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
         await response.prepare(request)
         committed = False

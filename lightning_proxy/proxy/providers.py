@@ -179,7 +179,7 @@ def _refusal(error: Exception) -> web.Response:
         str(getattr(error, "type", None) or type(error).__name__),
         getattr(error, "code", None),
     )
-    came_with = getattr(getattr(error, "response", None), "headers", None) or {}
+    came_with = getattr(error, "litellm_response_headers", None) or {}
     for name in ("retry-after", "x-request-id", "request-id"):
         if name in came_with:
             response.headers[name] = str(came_with[name])

@@ -75,12 +75,12 @@ class Upstreams:
             await endpoint.close()
 
 
-def endpoint_of(name: str, settings: UpstreamSettings, token: str | None) -> Endpoint:
+def endpoint_of(settings: UpstreamSettings, token: str | None) -> Endpoint:
     """An endpoint as the settings describe it. ``token``: the proxy's own, which must not travel.
 
     Raises ConfigError where its key cannot be found.
     """
-    key = _key_of(name, settings)
+    key = _key_of(settings)
     if settings.provider is not None:
         server = ProviderServer(settings.provider, key=key, base=settings.url, models=settings.models)
         base = f"http://{settings.provider}/v1"  # a name for messages: the connection is a socket of ours
@@ -92,18 +92,19 @@ def endpoint_of(name: str, settings: UpstreamSettings, token: str | None) -> End
     return Endpoint(upstream, Engine(settings.url, key), settings.capture, settings.models)
 
 
-def _key_of(name: str, settings: UpstreamSettings) -> str | None:
+def _key_of(settings: UpstreamSettings) -> str | None:
+    for_whom = f"the upstream for {', '.join(settings.models)}"
     if settings.api_key_env is not None:
         key = os.environ.get(settings.api_key_env)
         if not key:
-            raise ConfigError(f"upstreams.{name}.api_key_env names {settings.api_key_env}, which is not set")
+            raise ConfigError(f"{for_whom}: api_key_env names {settings.api_key_env}, which is not set")
         return key
     if settings.api_key_file is not None:
         try:
             key = settings.api_key_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"upstreams.{name}.api_key_file cannot be read: {error}") from error
+            raise ConfigError(f"{for_whom}: api_key_file cannot be read: {error}") from error
         if not key:
-            raise ConfigError(f"upstreams.{name}.api_key_file: {settings.api_key_file} is empty")
+            raise ConfigError(f"{for_whom}: api_key_file {settings.api_key_file} is empty")
         return key
     return None

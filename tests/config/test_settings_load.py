@@ -195,52 +195,38 @@ def test_settings_import_without_anything_heavy() -> None:
 
 
 UPSTREAMS = """
-[upstreams.openai]
+[[upstreams]]
 models = ["gpt-*", "o3"]
 url = "https://api.openai.com/v1/"
 api_key_env = "THEIR_KEY"
 
-[upstreams.claude]
+[[upstreams]]
 models = ["claude-*"]
 provider = "anthropic"
 """
 
 
-def test_there_may_be_as_many_upstreams_as_have_names_and_their_order_is_the_files() -> None:
+def test_there_may_be_several_upstreams_and_their_order_is_the_files() -> None:
     toml(UPSTREAMS)
-    env = {"LIGHTNING_UPSTREAMS__CLAUDE__API_KEY_ENV": "KEY", "LIGHTNING_UPSTREAMS__CLAUDE__MODELS": "a b*"}
-    upstreams = load_settings(env=env).upstreams
-    assert list(upstreams) == ["openai", "claude"]
-    assert (upstreams["openai"].url, upstreams["openai"].models) == (
+    first, second = load_settings(env={}).upstreams
+    assert (first.url, first.models, first.api_key_env) == (
         "https://api.openai.com/v1",
         ("gpt-*", "o3"),
+        "THEIR_KEY",
     )
-    assert (upstreams["claude"].api_key_env, upstreams["claude"].models) == ("KEY", ("a", "b*"))
+    assert (second.url, second.provider, second.models) == (None, "anthropic", ("claude-*",))
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[upstreams.a]\nmodels = ['x']\n", "upstreams.a: neither url nor provider"),
-        ("[upstreams.a]\nurl = 'http://x/v1'\n", "upstreams.a: models is empty"),
-        (
-            "[upstreams.a]\nmodels = ['x']\nurl = 'x'\n",
-            "upstreams.a.url in lightning.toml, line 3 is 'x'; allowed: a text",
-        ),
-        (
-            "[upstreams.a]\nmodel = ['x']\n",
-            "unknown setting upstreams.a.model in lightning.toml, line 2; did you mean upstreams.NAME.mod",
-        ),
-        ("[upstreams]\nurl = 'http://x'\n", "must be a table: write [upstreams.NAME]"),
-        (
-            "[upstreams.a]\nmodels = ['x']\nprovider = 'p'\napi_key_env = 'A'\napi_key_file = 'b'\n",
-            "keep one",
-        ),
+        ("models = ['x']\n", "the upstream for x has neither url nor provider"),
+        ("url = 'http://x/v1'\n", "[[upstreams]] number 1 in lightning.toml, line 1: models is missing"),
+        ("models = []\nurl = 'http://x/v1'\n", "models is []; allowed: a list of texts"),
+        ("models = ['x']\nurl = 'x'\n", "url is 'x'; allowed: a text"),
+        ("model = ['x']\n", "unknown setting model; there are models, url"),
+        ("models = ['x']\nprovider = 'p'\napi_key_env = 'A'\napi_key_file = 'b'\n", "keep one"),
     ],
 )
 def test_an_upstream_that_cannot_be_is_refused_by_name(text: str, said: str) -> None:
-    assert said in refusal(text)
-
-
-def test_an_upstreams_setting_in_the_environment_needs_the_upstreams_name() -> None:
-    assert "unknown setting upstreams.url" in refusal(env={"LIGHTNING_UPSTREAMS__URL": "http://x"})
+    assert said in refusal(f"[[upstreams]]\n{text}")

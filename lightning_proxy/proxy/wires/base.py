@@ -46,6 +46,7 @@ class Collector(ABC):
     ``Untranslatable`` instead, and keeps faults of recording to itself (in ``fault``).
     """
 
+    status: int | None = None  # of the answer, where the agent's API has another than the engine gave
     ended = False  # the answer is whole: what is fed from here on comes after its end
     failed: str | None = None  # an error that the engine sent inside a stream
     fault: Exception | None = None  # recording failed, the answer did not
@@ -61,6 +62,10 @@ class Collector(ABC):
     def refusal(self, body: bytes) -> bytes:
         """Take the body of an answer with a status of 400 or more."""
         return body
+
+    def rest(self, rest: bytes) -> bytes:
+        """Take what came after the last event of a stream that came to a clean end."""
+        return rest
 
     @property
     @abstractmethod

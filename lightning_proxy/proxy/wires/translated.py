@@ -20,6 +20,15 @@ from .base import CAPTURE_FAULTS, Captured, Collector, Json, Untranslatable
 from .choices import ChoicesCollector
 
 
+class Refused(Exception):
+    """The engine's own implementation of the agent's API would have refused to say this."""
+
+    def __init__(self, status: int, body: Json) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+        self.body = body
+
+
 class Translation(ABC):
     """The way back of one call: what the engine says in Chat Completions, as the agent's API says it.
 
@@ -29,7 +38,7 @@ class Translation(ABC):
 
     @abstractmethod
     def whole(self, answer: Json) -> Json:
-        """A whole answer."""
+        """A whole answer. May raise Refused."""
 
     @abstractmethod
     def chunk(self, chunk: Json) -> bytes:
@@ -58,6 +67,7 @@ class TranslatedCollector(Collector):
     def __init__(self, chat: ChoicesCollector, translation: Translation) -> None:
         self._chat = chat
         self._translation = translation
+        self.status = None
         self.ended = False
         self.failed = None
         self.fault = None
@@ -65,12 +75,18 @@ class TranslatedCollector(Collector):
     def whole(self, body: bytes) -> bytes:
         """See :class:`Collector`."""
         answer = self._translated(orjson.loads, self._recorded(self._chat.whole, body))
-        return orjson.dumps(self._translated(self._translation.whole, answer))
+        try:
+            return orjson.dumps(self._translated(self._translation.whole, answer))
+        except Refused as refused:
+            self.status = refused.status
+            return orjson.dumps(refused.body)
 
     def event(self, event: Event) -> bytes:
         """See :class:`Collector`."""
         if event.data is None:
             return event.raw
+        if self.ended:
+            return b""
         if event.data == b"[DONE]":
             made: bytes = self._translated(self._translation.done)
             self.ended = True
@@ -90,6 +106,12 @@ class TranslatedCollector(Collector):
             return orjson.dumps(self._translation.refusal(orjson.loads(body)))
         except CAPTURE_FAULTS:
             return body
+
+    def rest(self, rest: bytes) -> bytes:
+        """See :class:`Collector`. A stream whose end was not said has no end that could be translated."""
+        if not self.ended:
+            raise Untranslatable("the stream ended without [DONE]")
+        return b""
 
     @property
     def finished(self) -> bool:
