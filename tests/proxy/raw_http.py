@@ -74,7 +74,7 @@ class Answer:
 def events_or_bytes(body: bytes) -> list[bytes] | bytes:
     """A stream as its blocks, whatever ends their lines: the standard holds line ends to be equal."""
     lines = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    return lines.split(b"\n\n") if lines.startswith((b"data:", b":")) else body
+    return lines.split(b"\n\n") if lines.startswith((b"data:", b":", b"event:")) else body
 
 
 class Call:

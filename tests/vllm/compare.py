@@ -27,6 +27,8 @@ def comparable(body: str) -> Any:
     vLLM interleaves the choices of a stream and puts as many tokens into a chunk as are ready, so
     the growing parts of each choice are joined; all else must be the same.
     """
+    if body.startswith("event:"):
+        return named_events(body)
     if not body.startswith("data:"):
         try:
             return without_random(json.loads(body))
@@ -50,6 +52,24 @@ def comparable(body: str) -> Any:
         "usage": chunks[-1].get("usage"),
         "errors": [chunk for chunk in chunks if "error" in chunk],
     }
+
+
+def named_events(body: str) -> list[Any]:
+    """A stream of named events, in their order; the pieces of one block as one."""
+    events: list[Any] = []
+    for block in body.split("\n\n"):
+        data = block.partition("data: ")[2]
+        if not data or data == "[DONE]":
+            events += [block] if block else []
+            continue
+        event = without_random(json.loads(data))
+        last = events[-1] if events and isinstance(events[-1], dict) else {}
+        grows = event.get("type", "").endswith("delta") and event.get("index") is not None
+        if grows and (last.get("type"), last.get("index")) == (event["type"], event["index"]):
+            events[-1] = joined(last, event)
+        else:
+            events.append(event)
+    return events
 
 
 def joined(before: Any, after: Any, key: str = "") -> Any:
