@@ -127,22 +127,6 @@ def test_an_agent_of_http_1_0_sees_a_cut_as_well(
             assert was_reset or b"content-length" in got.lower(), "a clean end, and no length to tell"
 
 
-def test_what_came_before_a_cut_reaches_a_slow_reader(make_proxy: MakeProxy) -> None:
-    size = 3_000_000  # more than sockets hold
-
-    def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
-        connection.sendall(STREAM_HEAD + http_chunks(b"x" * size, end=False))
-        return False
-
-    with raw_upstream(answer) as upstream:
-        proxy = make_proxy(upstream.base_url)
-        with Call(proxy.url, "/v1/other", STREAM) as call:
-            got = bytearray(call.response.read1(10))
-            with pytest.raises(CUT):
-                call.drain(got)
-        assert len(got) == size
-
-
 def test_an_answer_until_the_end_of_the_connection_ends_well(make_proxy: MakeProxy) -> None:
     def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
         connection.sendall(UNTIL_CLOSED["stream until closed"][0] + DELTA + LAST)
