@@ -288,7 +288,11 @@ class FakeEngine:
         await connection.answer_json(200, shapes.models(self.name, self.owner, self.root))
 
     async def _count_tokens(self, request: Request, connection: Connection) -> None:
-        read = len(self.model.prompt_ids(messages.as_chat(json.loads(request.body))))
+        try:
+            read = len(self.model.prompt_ids(messages.as_chat(request.json)))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            await connection.answer_json(400, shapes.error(400, f"{type(error).__name__}: {error}"))
+            return
         counted = {"input_tokens": read, "context_management": {"original_input_tokens": read}}
         await connection.answer_json(200, counted)
 
