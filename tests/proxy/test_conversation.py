@@ -125,14 +125,15 @@ def test_where_one_message_ends_makes_a_difference() -> None:
 
 def test_a_reply_is_the_same_turns_as_when_it_is_sent_again_on_every_wire() -> None:
     arguments = '{"q": "x"}'
-    call = {"id": "c" * 20 + "42", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    id_ = "c" * 20 + "42"
+    call = {"id": id_, "type": "function", "function": {"name": "f", "arguments": arguments}}
     chat = {"choices": [{"message": {"role": "assistant", "content": "Well", "tool_calls": [call]}}]}
     [chat_turns] = reply_of("chat", chat)
     responses = {
         "output": [
             {"type": "reasoning", "id": "rs_1", "summary": []},
             {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Well"}]},
-            {"type": "function_call", "call_id": call["id"], "name": "f", "arguments": arguments},
+            {"type": "function_call", "call_id": id_, "name": "f", "arguments": arguments},
         ]
     }
     [responses_turns] = reply_of("responses", responses)
@@ -140,11 +141,11 @@ def test_a_reply_is_the_same_turns_as_when_it_is_sent_again_on_every_wire() -> N
         "content": [
             {"type": "thinking", "thinking": "hm", "signature": "s"},
             {"type": "text", "text": "Well"},
-            {"type": "tool_use", "id": call["id"], "name": "f", "input": {"q": "x"}},
+            {"type": "tool_use", "id": id_, "name": "f", "input": {"q": "x"}},
         ]
     }
     [messages_turns] = reply_of("messages", messages)
-    expected = Turn(CALL, 'f\n{"q":"x"}', call["id"], "Well")
+    expected = Turn(CALL, 'f\n{"q":"x"}', id_, "Well")
     assert chat_turns == responses_turns == messages_turns == [expected]
 
 

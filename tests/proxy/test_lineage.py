@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_proxy.proxy import lineage as module
 from lightning_proxy.proxy.attribution import Attribution
 from lightning_proxy.proxy.lineage import (
     BY_ID_SURE,
@@ -310,8 +310,8 @@ def test_only_an_equal_body_is_a_retry_and_only_for_a_while(monkeypatch: pytest.
     end(proxy.begin(chat(asked("a"))), None)
     assert proxy.begin(chat(asked("a"), temperature=1), retry=1).by == "none"
     assert proxy.begin(chat(asked("b")), retry=1).by == "none"
-    later = module.time.monotonic() + 3600
-    monkeypatch.setattr(module.time, "monotonic", lambda: later)
+    later = time.monotonic() + 3600
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     assert proxy.begin(chat(asked("a")), retry=1).by == "none"
 
 
