@@ -73,7 +73,7 @@ class Attributor:
         if lineage.needs_store(place):
             digests = [digest for digest, _ in reversed(place.points)][:_MOST_POINTS]
             if place.references or digests[0] not in self._nowhere:
-                lineage.learn(wire, await self._ends(digests, place.references[:_MOST_POINTS]))
+                lineage.learn(await self._ends(digests, place.references[:_MOST_POINTS]))
         return lineage.begin(wire, body, place, retry)
 
     async def _ends(self, digests: Sequence[bytes], references: Sequence[str]) -> Sequence[ConversationEnd]:

@@ -349,12 +349,12 @@ def test_what_the_store_has_counts_as_if_it_had_been_seen() -> None:
         ConversationEnd("r3", 1, digest, b"not json", True),
     ]
     proxy = Proxy()
-    proxy.lineage.learn("chat", ends)
+    proxy.lineage.learn(ends)
     by_id = proxy.begin(chat(asked("a"), calling(OTHER), result(OTHER)))
     assert (by_id.rollout_id, by_id.attempt, by_id.confidence) == ("r2", 2, BY_ID_SURE)
     by_hash = proxy.begin(chat(asked("a"), calling("rewritten"), result("rewritten")))
     assert (by_hash.rollout_id, by_hash.confidence) == ("r1", ONE_OF_SEVERAL_SURE)
-    proxy.lineage.learn("chat", ends)  # again: r1 has been gone on from, and stays so
+    proxy.lineage.learn(ends)  # again: r1 has been gone on from, and stays so
     assert proxy.begin(chat(asked("a"), calling("rewritten"), result("rewritten"))).by == "none"
 
 
