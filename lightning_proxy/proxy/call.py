@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,18 +13,15 @@ import orjson
 from lightning_proxy.store import Fidelity, Generation, Span
 
 from .attribution import Attribution
-from .sse import Event, SseParser, with_data
-from .wires import Collector, Prepared, Wire
-from .wires.base import Json, sampling_of
+from .redaction import answer_without_secrets, without_secrets
+from .sse import Event, SseParser
+from .wires import Prepared, Wire
+from .wires.base import CAPTURE_FAULTS, Collector, Json
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _LONGEST_ERROR = 4096
-# What an answer of an unexpected shape can raise in a collector.
-_CAPTURE_FAULTS = (
-    KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error,
-)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -34,13 +30,17 @@ class Call:
 
     ``feed`` and ``whole`` take the answer as the engine sends it and return it as the agent gets
     it. Whatever goes wrong in capture is noted in ``fault``; the answer goes through regardless.
+    Where the agent's API is translated and the engine's answer cannot be, they raise
+    ``Untranslatable``.
     """
 
     wire: Wire
-    body: bytes  # as the agent sent it
+    body: bytes  # as the agent sent it, without the encoding that it may have been sent in
     request: Json  # the same, parsed; {} where it is no JSON object
     prepared: Prepared
     attribution: Attribution
+    altered: bool = False  # what went to the engine is not what the agent sent
+    secrets: tuple[str, ...] = ()  # keys that came with the request: not to be stored
     policy: str | None = None
     policy_version: int | None = None
     started_at: float = field(default_factory=time.time)
@@ -50,11 +50,7 @@ class Call:
     ended: bool = False  # the answer is whole
     fault: str | None = None
     _error_body: bytes | None = None
-    _collector: Collector = field(init=False)
     _events: SseParser = field(init=False, default_factory=SseParser)
-
-    def __post_init__(self) -> None:
-        self._collector = self.wire.collector(self.prepared)
 
     # -- the answer on its way through -------------------------------------------------------
 
@@ -66,41 +62,47 @@ class Call:
 
     def finish_stream(self) -> bytes:
         """The stream came to a clean end; return what is left of it."""
+        rest = self._collector.rest(self._events.rest())
         self.ended = True
-        return self._events.rest()
+        return rest
 
     def whole(self, body: bytes) -> bytes:
         """Take a whole answer; return it as the agent gets it."""
         self.first_byte_at = time.time()
+        try:
+            answer = self._whole(body)
+        except CAPTURE_FAULTS as error:
+            self.note_fault(error)
+            self._error_body = answer = body
         self.ended = True
+        return answer
+
+    def _whole(self, body: bytes) -> bytes:
         if self.status is not None and self.status >= 400:
             self._error_body = body
-            return body
-        try:
-            answer = orjson.loads(body)
-            self._collector.whole(answer)
-            return self._collector.whole_bytes() if self._collector.changed else body
-        except _CAPTURE_FAULTS as error:
-            self._note_fault(error)
-            self._error_body = body
-            return body
+            return self._collector.refusal(body)
+        answer = self._collector.whole(body)
+        if self._collector.status is not None:
+            self.status, self._error_body = self._collector.status, answer
+        return answer
 
     def _event(self, event: Event) -> bytes:
         if event.data is None:
             return event.raw
-        if event.data == b"[DONE]":
-            self.ended = True
-            return event.raw
         try:
-            chunk = orjson.loads(event.data)
-            if not self._collector.event(chunk):
-                return b""
-            return with_data(event, orjson.dumps(chunk)) if self._collector.changed else event.raw
-        except _CAPTURE_FAULTS as error:
-            self._note_fault(error)
+            piece = self._collector.event(event)
+        except CAPTURE_FAULTS as error:
+            self.note_fault(error)
             return event.raw
+        self.ended = self._collector.ended
+        return piece
 
-    def _note_fault(self, error: Exception) -> None:
+    @property
+    def _collector(self) -> Collector:
+        return self.prepared.collector
+
+    def note_fault(self, error: Exception) -> None:
+        """Capture of this call went wrong: its span is incomplete."""
         if self.fault is None:
             self.fault = f"{type(error).__name__}: {error}"
             log.warning("capture of a %s call failed: %s", self.wire.name, self.fault)
@@ -111,6 +113,8 @@ class Call:
         self, *, policy_version_end: int | None, error_class: str | None = None, error: str | None = None
     ) -> Span:
         """The call as a span: a response, or an error where there is one."""
+        if self._collector.fault is not None:
+            self.note_fault(self._collector.fault)
         if error_class is None:
             error_class, error = self._own_error()
         captured = None if error_class else self._unless_faulty(self._collector.captured)
@@ -131,18 +135,18 @@ class Call:
             streamed=self.streamed,
             status=self.status,
             request=self.body,
-            sampling=sampling_of(self.request),
+            sampling=self.prepared.sampling,
             model=_text_or_none(self.request.get("model")),
             policy=self.policy,
             policy_version=self.policy_version,
             policy_version_end=policy_version_end,
-            response=captured.response if captured else None,
+            response=answer_without_secrets(captured.response, self.secrets) if captured else None,
             response_id=captured.response_id if captured else None,
             usage=captured.usage if captured else None,
             generations=captured.generations if captured else self._generations(),
             fidelity=self._fidelity(captured.fidelity if captured else None),
             error_class=error_class,
-            error=error[:_LONGEST_ERROR] if error else None,
+            error=without_secrets(error, self.secrets)[:_LONGEST_ERROR] if error else None,
             retry=attribution.retry,
             conversation=None if strand is None else strand.ended(captured.response if captured else None),
         )
@@ -153,8 +157,8 @@ class Call:
     def _unless_faulty(self, capture: Callable[[], T]) -> T | None:
         try:
             return capture()
-        except _CAPTURE_FAULTS as error:
-            self._note_fault(error)
+        except CAPTURE_FAULTS as error:
+            self.note_fault(error)
             return None
 
     def _fidelity(self, of_answer: Fidelity | None) -> Fidelity:
