@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import orjson
 from tests.engine import shapes
 from tests.engine.connection import Connection, Request, chunk_of, head_of
 from tests.engine.model import Model, Reply, weights_of
+from tests.engine.rules import Rule
 from tests.engine.script import HEADER, Script
 
 PLAIN = Script()
@@ -43,6 +44,7 @@ class FakeEngine:
         weights: Path | None = None,
         refuse_token_ids: bool = False,
         script: Script = PLAIN,
+        rules: Sequence[Rule] = (),
     ) -> None:
         base = model or Model()
         loaded = weights_of(weights) if weights else base.weights
@@ -52,6 +54,7 @@ class FakeEngine:
         self.root = str(weights) if weights else name
         self.refuse_token_ids = refuse_token_ids
         self.default = script
+        self.rules = rules  # for requests that no script was prescribed for
         self.requests: deque[Request] = deque(maxlen=KEPT_REQUESTS)
         self.poisoned = False  # a bad reload: the next inference takes the engine down, as vLLM's does
         self.on_death: Callable[[], None] = self.stop
@@ -136,7 +139,9 @@ class FakeEngine:
             if request.path.startswith(path):
                 del self._scripts[i]
                 return script
-        return self.default
+        body = request.body.decode(errors="replace") if self.rules else ""
+        chosen = (rule.script(body, self.default) for rule in self.rules)
+        return next((script for script in chosen if script is not None), self.default)
 
     # -- model calls ---------------------------------------------------------------------------
 
