@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from conformance.replies import DSPY, PARSED, SMOLAGENTS, Replies
+from conformance.replies import CLAUDE_CODE, CODEX, DSPY, PARSED, SMOLAGENTS, Replies
 
 AGENTS = Path(__file__).parent / "agents"
 
@@ -33,7 +34,7 @@ class Client:
     timeout_s: float = 180.0
 
 
-# One environment for all that CI needs: pip resolves and installs it in half a minute.
+# One environment for all that CI needs: pip resolves and installs it in less than a minute.
 _CORE = (
     "openai",
     "openai-agents",
@@ -43,55 +44,182 @@ _CORE = (
     "langgraph",
     "pydantic-ai-slim[openai]",
 )
-_NO_PRICE_LIST = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # it is fetched from the network otherwise
-_NO_TRACES = {"OPENAI_AGENTS_DISABLE_TRACING": "1"}  # they go to OpenAI otherwise
-_NO_TELEMETRY = {"CREWAI_DISABLE_TELEMETRY": "true", "CREWAI_TRACING_ENABLED": "false", "OTEL_SDK_DISABLED": "true"}
+_NO_PRICE_LIST = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # litellm fetches it from the network otherwise
+_NO_TRACES = {"OPENAI_AGENTS_DISABLE_TRACING": "1"}  # the agents SDK sends them to OpenAI otherwise
+_NO_TELEMETRY = {
+    "CREWAI_DISABLE_TELEMETRY": "true",
+    "CREWAI_TRACING_ENABLED": "false",
+    "OTEL_SDK_DISABLED": "true",
+}
 
-
-def _in_core(name: str, package: str, agent: str, api: str, wire: str = "chat", *, core: bool = False,
-             fidelity: Literal["exact", "none"] = "exact", arguments: tuple[str, ...] = (),
-             variables: Mapping[str, str] | None = None, replies: Replies = ()) -> Client:  # fmt: skip
-    return Client(
-        name, package, agent, api, wire, fidelity, core=core, requires=_CORE, env="core",
-        arguments=arguments, variables=variables or {}, replies=replies,
-    )  # fmt: skip
-
+_in_core = partial(Client, requires=_CORE, env="core")
+_npm = partial(Client, registry="npm")
 
 CLIENTS: tuple[Client, ...] = (
-    _in_core("openai", "openai", "openai_chat.py", "chat.completions create, stream helper", core=True),
-    _in_core("openai-parse", "openai", "openai_parse.py", "synchronous: chat.completions parse, stream helper",
-             core=True, replies=PARSED),
-    _in_core("openai-responses", "openai", "openai_responses.py", "responses create, stream helper",
-             "responses", fidelity="none"),
-    _in_core("openai-agents", "openai-agents", "openai_agents.py", "Runner, OpenAIChatCompletionsModel",
-             core=True, arguments=("chat_completions",), variables=_NO_TRACES),
-    _in_core("openai-agents-responses", "openai-agents", "openai_agents.py", "Runner, as it comes",
-             "responses", fidelity="none", arguments=("responses",), variables=_NO_TRACES),
+    _in_core("openai", "openai", "openai_chat.py", "chat.completions: create, stream helper", core=True),
+    _in_core(
+        "openai-parse",
+        "openai",
+        "openai_parse.py",
+        "chat.completions, synchronous: parse, stream helper",
+        replies=PARSED,
+        core=True,
+    ),
+    _in_core(
+        "openai-responses", "openai", "openai_responses.py", "responses: create, stream", "responses", "none"
+    ),
+    _in_core(
+        "openai-agents",
+        "openai-agents",
+        "openai_agents.py",
+        "Runner, chat_completions",
+        arguments=("chat_completions",),
+        variables=_NO_TRACES,
+        core=True,
+    ),
+    _in_core(
+        "openai-agents-responses",
+        "openai-agents",
+        "openai_agents.py",
+        "Runner, responses (its default)",
+        "responses",
+        "none",
+        arguments=("responses",),
+        variables=_NO_TRACES,
+    ),
     _in_core("langchain", "langchain", "langchain_agent.py", "create_agent, ChatOpenAI"),
     _in_core("langgraph", "langgraph", "langgraph_agent.py", "StateGraph, ToolNode, ChatOpenAI", core=True),
-    _in_core("anthropic", "anthropic", "anthropic_agent.py", "messages create, stream helper",
-             "messages", fidelity="none"),
-    _in_core("pydantic-ai", "pydantic-ai-slim", "pydantic_ai_agent.py", "Agent, openai-chat:", core=True,
-             arguments=("openai-chat:policy",)),
-    _in_core("pydantic-ai-responses", "pydantic-ai-slim", "pydantic_ai_agent.py", "Agent, openai:",
-             "responses", fidelity="none", arguments=("openai:policy",)),
-    Client("autogen", "autogen-agentchat", "autogen_agent.py", "AssistantAgent, OpenAIChatCompletionClient",
-           requires=("autogen-agentchat", "autogen-ext[openai]")),
-    Client("crewai", "crewai", "crewai_agent.py", "Crew, Agent, Task", streams=False, variables=_NO_TELEMETRY),
+    _in_core(
+        "anthropic", "anthropic", "anthropic_agent.py", "messages: create, stream helper", "messages", "none"
+    ),
+    _in_core(
+        "pydantic-ai",
+        "pydantic-ai-slim",
+        "pydantic_ai_agent.py",
+        "Agent, openai-chat:",
+        arguments=("openai-chat:policy",),
+        core=True,
+    ),
+    _in_core(
+        "pydantic-ai-responses",
+        "pydantic-ai-slim",
+        "pydantic_ai_agent.py",
+        "Agent, openai: (its default)",
+        "responses",
+        "none",
+        arguments=("openai:policy",),
+    ),
+    Client(
+        "autogen",
+        "autogen-agentchat",
+        "autogen_agent.py",
+        "AssistantAgent, OpenAIChatCompletionClient",
+        requires=("autogen-agentchat", "autogen-ext[openai]"),
+    ),
+    Client("crewai", "crewai", "crewai_agent.py", "Crew, Agent, Task", variables=_NO_TELEMETRY),
     Client("semantic-kernel", "semantic-kernel", "semantic_kernel_agent.py", "ChatCompletionAgent"),
-    Client("agent-framework", "agent-framework-core", "agent_framework_agent.py", "Agent, OpenAIChatClient",
-           "responses", "none", requires=("agent-framework-core", "agent-framework-openai"),
-           arguments=("responses",)),
-    Client("agent-framework-chat", "agent-framework-core", "agent_framework_agent.py",
-           "Agent, OpenAIChatCompletionClient", env="agent-framework",
-           requires=("agent-framework-core", "agent-framework-openai"), arguments=("chat",)),
-    Client("dspy", "dspy", "dspy_agent.py", "ReAct", streams=False, variables=_NO_PRICE_LIST, replies=DSPY),
-    Client("llama-index", "llama-index-core", "llama_index_agent.py", "FunctionAgent, OpenAI",
-           requires=("llama-index-core", "llama-index-llms-openai"),
-           variables={"OPENAI_API_BASE": "{root}/v1"}),
-    Client("smolagents", "smolagents", "smolagents_agent.py", "ToolCallingAgent, OpenAIServerModel",
-           requires=("smolagents[openai]",), replies=SMOLAGENTS),
-    Client("google-adk", "google-adk", "google_adk_agent.py", "LlmAgent, LiteLlm",
-           requires=("google-adk", "litellm"), variables=_NO_PRICE_LIST),
-    Client("litellm", "litellm", "litellm_agent.py", "acompletion", variables=_NO_PRICE_LIST),
-)  # fmt: skip
+    Client(
+        "agent-framework",
+        "agent-framework-core",
+        "agent_framework_agent.py",
+        "Agent, OpenAIChatClient",
+        "responses",
+        "none",
+        requires=("agent-framework-core", "agent-framework-openai"),
+        arguments=("responses",),
+    ),
+    Client(
+        "agent-framework-chat",
+        "agent-framework-core",
+        "agent_framework_agent.py",
+        "Agent, OpenAIChatCompletionClient",
+        requires=("agent-framework-core", "agent-framework-openai"),
+        env="agent-framework",
+        arguments=("chat",),
+    ),
+    Client(
+        "dspy", "dspy", "dspy_agent.py", "ReAct", streams=False, variables=_NO_PRICE_LIST, replies=DSPY
+    ),
+    Client(
+        "llama-index",
+        "llama-index-core",
+        "llama_index_agent.py",
+        "FunctionAgent, OpenAI",
+        requires=("llama-index-core", "llama-index-llms-openai"),
+        variables={"OPENAI_API_BASE": "{root}/v1"},
+    ),
+    Client(
+        "smolagents",
+        "smolagents",
+        "smolagents_agent.py",
+        "ToolCallingAgent, OpenAIServerModel",
+        requires=("smolagents[openai]",),
+        replies=SMOLAGENTS,
+    ),
+    Client(
+        "google-adk",
+        "google-adk",
+        "google_adk_agent.py",
+        "LlmAgent, LiteLlm",
+        requires=("google-adk", "litellm", "mcp"),
+        variables=_NO_PRICE_LIST,
+    ),
+    Client(
+        "litellm",
+        "litellm",
+        "litellm_agent.py",
+        "acompletion",
+        requires=("litellm", "mcp"),  # a call with tools imports mcp, which litellm does not declare
+        variables=_NO_PRICE_LIST,
+    ),
+    _npm("openai-node", "openai", "openai_node", "chat.completions: create, stream helper"),
+    _npm("vercel-ai", "ai", "vercel_ai", "generateText, streamText, openai.chat()", arguments=("chat",)),
+    _npm(
+        "vercel-ai-responses",
+        "ai",
+        "vercel_ai",
+        "generateText, streamText, openai() (its default)",
+        "responses",
+        "none",
+        env="vercel-ai",
+        arguments=("responses",),
+    ),
+    _npm(
+        "openai-agents-js",
+        "@openai/agents",
+        "openai_agents_js",
+        "run, chat_completions",
+        arguments=("chat_completions",),
+    ),
+    _npm(
+        "openai-agents-js-responses",
+        "@openai/agents",
+        "openai_agents_js",
+        "run, responses (its default)",
+        "responses",
+        "none",
+        env="openai-agents-js",
+        arguments=("responses",),
+    ),
+    _npm(
+        "codex",
+        "@openai/codex",
+        "codex",
+        "codex exec, its shell",
+        "responses",
+        "none",
+        streams=False,
+        variables={"CODEX_API_KEY": "any"},
+        replies=CODEX,
+    ),
+    _npm(
+        "claude-code",
+        "@anthropic-ai/claude-code",
+        "claude_code",
+        "claude --print, its Bash",
+        "messages",
+        "none",
+        streams=False,
+        replies=CLAUDE_CODE,
+    ),
+)

@@ -27,6 +27,7 @@ WIRES = {
     "/v1/responses": "responses",
     "/v1/messages": "messages",
 }
+_RESULT = re.compile(r'\{"line":.*\}$', re.MULTILINE)  # some frameworks print without a line end
 _DELAY_S = "0.02"  # before each answer, so that runs overlap
 
 
@@ -155,7 +156,7 @@ def _run_agent(client: Client, environment: Environment, server: str, engine: st
         status, output, errors = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
         status, output, errors = -1, "", f"no end after {client.timeout_s} s: {late.stderr!r}"
-    results = [json.loads(line) for line in output.splitlines() if line.startswith('{"line"')]
+    results = [json.loads(found) for found in _RESULT.findall(output)]
     requests = _ask(f"{engine}/_requests")["requests"]
     calls = [seen["target"].partition("?")[0] for seen in requests if seen["method"] == "POST"]
     return Outcome(status, results, errors or output, calls)

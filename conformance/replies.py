@@ -64,3 +64,8 @@ DSPY: Replies = (
     {"when": rf"{LINE}-1\b", "text": _dspy_step("next_station", r'{"station": "\g<line>-1"}')},
     {"when": rf"{LINE}-0\b", "text": _dspy_step("next_station", r'{"station": "\g<line>-0"}')},
 )
+
+# Coding agents have a shell for a tool: the next station is what it computes.
+_ECHO = r"echo \g<line>-$((N + 1))"
+CODEX: Replies = _ride("exec_command", json.dumps({"cmd": _ECHO}).replace("\\\\", "\\"))
+CLAUDE_CODE: Replies = _ride("Bash", json.dumps({"command": _ECHO}).replace("\\\\", "\\"))

@@ -23,7 +23,7 @@ def run(line, stream=""):
         goal="Reach the terminus",
         backstory="You ride trains.",
         tools=[next_station],
-        llm=LLM(model="openai/policy", stream=bool(stream)),
+        llm=LLM(model="policy", provider="openai", stream=bool(stream)),
     )
     task = Task(
         description=f"Ride from {line}-0 to the terminus.", expected_output="The terminus.", agent=rider
