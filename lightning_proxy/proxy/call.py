@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,18 +13,14 @@ import orjson
 from lightning_proxy.store import Fidelity, Generation, Span
 
 from .attribution import Attribution
-from .sse import Event, SseParser, with_data
-from .wires import Collector, Prepared, Wire
-from .wires.base import Json, sampling_of
+from .sse import Event, SseParser
+from .wires import Prepared, Wire
+from .wires.base import CAPTURE_FAULTS, Collector, Json
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _LONGEST_ERROR = 4096
-# What an answer of an unexpected shape can raise in a collector.
-_CAPTURE_FAULTS = (
-    KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error,
-)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -34,6 +29,8 @@ class Call:
 
     ``feed`` and ``whole`` take the answer as the engine sends it and return it as the agent gets
     it. Whatever goes wrong in capture is noted in ``fault``; the answer goes through regardless.
+    Where the agent's API is translated and the engine's answer cannot be, they raise
+    ``Untranslatable``.
     """
 
     wire: Wire
@@ -50,11 +47,7 @@ class Call:
     ended: bool = False  # the answer is whole
     fault: str | None = None
     _error_body: bytes | None = None
-    _collector: Collector = field(init=False)
     _events: SseParser = field(init=False, default_factory=SseParser)
-
-    def __post_init__(self) -> None:
-        self._collector = self.wire.collector(self.prepared)
 
     # -- the answer on its way through -------------------------------------------------------
 
@@ -75,12 +68,10 @@ class Call:
         self.ended = True
         if self.status is not None and self.status >= 400:
             self._error_body = body
-            return body
+            return self._collector.refusal(body)
         try:
-            answer = orjson.loads(body)
-            self._collector.whole(answer)
-            return self._collector.whole_bytes() if self._collector.changed else body
-        except _CAPTURE_FAULTS as error:
+            return self._collector.whole(body)
+        except CAPTURE_FAULTS as error:
             self._note_fault(error)
             self._error_body = body
             return body
@@ -88,17 +79,17 @@ class Call:
     def _event(self, event: Event) -> bytes:
         if event.data is None:
             return event.raw
-        if event.data == b"[DONE]":
-            self.ended = True
-            return event.raw
         try:
-            chunk = orjson.loads(event.data)
-            if not self._collector.event(chunk):
-                return b""
-            return with_data(event, orjson.dumps(chunk)) if self._collector.changed else event.raw
-        except _CAPTURE_FAULTS as error:
+            piece = self._collector.event(event)
+        except CAPTURE_FAULTS as error:
             self._note_fault(error)
             return event.raw
+        self.ended = self._collector.ended
+        return piece
+
+    @property
+    def _collector(self) -> Collector:
+        return self.prepared.collector
 
     def _note_fault(self, error: Exception) -> None:
         if self.fault is None:
@@ -111,6 +102,8 @@ class Call:
         self, *, policy_version_end: int | None, error_class: str | None = None, error: str | None = None
     ) -> Span:
         """The call as a span: a response, or an error where there is one."""
+        if self._collector.fault is not None:
+            self._note_fault(self._collector.fault)
         if error_class is None:
             error_class, error = self._own_error()
         captured = None if error_class else self._unless_faulty(self._collector.captured)
@@ -130,7 +123,7 @@ class Call:
             streamed=self.streamed,
             status=self.status,
             request=self.body,
-            sampling=sampling_of(self.request),
+            sampling=self.prepared.sampling,
             model=_text_or_none(self.request.get("model")),
             policy=self.policy,
             policy_version=self.policy_version,
@@ -150,7 +143,7 @@ class Call:
     def _unless_faulty(self, capture: Callable[[], T]) -> T | None:
         try:
             return capture()
-        except _CAPTURE_FAULTS as error:
+        except CAPTURE_FAULTS as error:
             self._note_fault(error)
             return None
 

@@ -27,6 +27,7 @@ from .recorder import Recorder
 from .switch import Switch
 from .upstream import Upstream, response_headers
 from .wires import Wire, wire_for
+from .wires.base import Untranslatable
 
 log = logging.getLogger(__name__)
 _SMALL_BODY = 2**20  # bytes
@@ -122,14 +123,15 @@ class Forwarder:
         call = await self._begin(request, split, wire, headers)
         try:
             try:
-                answer = await self._upstream.open(request.method, split.path, headers, call.prepared.body)
+                path = _redirected(split.path, call.prepared.path)
+                answer = await self._upstream.open(request.method, path, headers, call.prepared.body)
             except (aiohttp.ClientError, TimeoutError) as error:
                 call.status = 502
                 await self._commit(call, "upstream_unreachable", str(error))
                 return self._unreachable(error)
             async with answer:
                 return await self._relay(request, answer, call)
-        except UpstreamCut as cut:
+        except (UpstreamCut, Untranslatable) as cut:
             if not call.ended:
                 self._submit(call, "cut_stream", str(cut))
             raise ConnectionResetError(f"the upstream was cut: {cut}") from cut
@@ -227,6 +229,11 @@ async def _chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
             yield chunk
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
         raise UpstreamCut(repr(error)) from error
+
+
+def _redirected(path_and_query: str, path: str | None) -> str:
+    """Where a call goes: to the agent's own path, or to the one that its translation speaks."""
+    return path_and_query if path is None else path
 
 
 async def _body_of(request: web.Request) -> bytes | StreamReader | None:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from lightning_proxy.proxy.attribution import Attribution
 from lightning_proxy.proxy.call import Call, parse_request
 from lightning_proxy.proxy.wires import wire_for
-from lightning_proxy.proxy.wires.base import Prepared, merge_delta, sampling_of
+from lightning_proxy.proxy.wires.base import Prepared
+from lightning_proxy.proxy.wires.choices import merge_delta
 from lightning_proxy.store import Fidelity, Span, Store
 from tests.engine import Model, Reply, shapes
 
@@ -153,14 +154,13 @@ def test_what_is_added_is_spliced_in_behind_the_agents_own_bytes(
 ) -> None:
     ready = prepared(path, body)
     assert ready.body == body.rstrip()[:-1] + b',"return_token_ids":true,' + asked + b"}"
-    assert (ready.strip_ids, ready.strip_logprobs) == (True, True)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"{}", b"\xff\xfe", b'{"a": NaN}'])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_what_is_no_json_object_goes_on_as_it_is(path: str, body: bytes) -> None:
     ready = prepared(path, body)
-    assert (ready.body, ready.strips) == (body, False)
+    assert ready.body == body
 
 
 @pytest.mark.parametrize("given", [False, None])
@@ -174,9 +174,9 @@ def test_a_field_that_says_no_is_set_once_and_not_doubled(path: str, asked: obje
 
 def test_who_asked_for_everything_is_left_alone() -> None:
     body = b'{"messages":[], "logprobs": true, "return_token_ids": true}'
-    assert prepared(CHAT, body) == Prepared(body)
+    assert prepared(CHAT, body).body == body
     body = b'{"prompt":"", "logprobs": 2, "return_token_ids": true}'
-    assert prepared(COMPLETIONS, body) == Prepared(body)
+    assert prepared(COMPLETIONS, body).body == body
 
 
 @pytest.mark.parametrize(
@@ -193,12 +193,12 @@ def test_who_asked_for_everything_is_left_alone() -> None:
 )
 def test_nothing_is_asked_where_asking_would_change_the_answer(path: str, fields: Json) -> None:
     body = orjson.dumps({"model": "policy", "messages": [], "prompt": "x", **fields})
-    assert prepared(path, body) == Prepared(body)
+    assert prepared(path, body).body == body
 
 
 def test_nothing_is_asked_of_an_engine_that_does_not_know_the_question() -> None:
     body = b'{"model":"policy","messages":[]}'
-    assert prepared(CHAT, body, tokens=False) == Prepared(body)
+    assert prepared(CHAT, body, tokens=False).body == body
 
 
 def test_only_generating_posts_are_captured() -> None:
@@ -260,7 +260,7 @@ def test_an_answer_with_gaps_in_its_tokens_is_not_called_exact(choices: list[Jso
 
 def test_sampling_parameters_are_recorded_as_they_were_sent() -> None:
     request = {"temperature": 0, "top_p": 0.5, "seed": None, "stop": ["x"], "messages": [], "user": "u"}
-    assert sampling_of(request) == {"temperature": 0, "top_p": 0.5, "stop": ["x"]}
+    assert prepared(CHAT, orjson.dumps(request)).sampling == {"temperature": 0, "top_p": 0.5, "stop": ["x"]}
 
 
 # -- whatever the engine sends -------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_no_shape_of_a_stream_can_make_capture_fail(
     span = call.span(policy_version_end=0)
     store.add_span(span)
     assert got.endswith(b"data: [DONE]\n\n")
-    if not call.prepared.strips:
+    if call.prepared.body == body:
         assert got == stream + b"data: [DONE]\n\n"
 
 
@@ -340,7 +340,7 @@ def test_no_shape_of_an_answer_can_make_capture_fail(
     span = call.span(policy_version_end=0)
     store.add_span(span)
     assert isinstance(json.loads(got), type(answer))
-    if not call.prepared.strips:
+    if call.prepared.body == body:
         assert got == raw
 
 

@@ -3,6 +3,12 @@
 A wire says what to add to a request so that the engine tells its tokens (``prepare``), and a
 ``Collector`` takes that out of the answer again while it records it. Streamed or not, the agent
 gets what it would have got without us. ``wire_for`` is the table of paths.
+
+===============  ===============================================================================
+``base``         what every wire is
+``choices``      answers made of choices: ``chat``, ``completions``
+``translated``   one API for the agent, Chat Completions for the engine
+===============  ===============================================================================
 """
 
 from __future__ import annotations

@@ -1,39 +1,27 @@
-"""What all wires share: the shape of a capture, and assembling a streamed answer."""
+"""What every wire is: how a request is prepared, and how its answer is recorded and given back."""
 
 from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import orjson
-
+from lightning_proxy.proxy.sse import Event
 from lightning_proxy.store import Fidelity, Generation
 
 Json: TypeAlias = dict[str, Any]
 
-_SAMPLING_KEYS = (
-    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "logit_bias", "seed", "n", "max_tokens", "max_completion_tokens",
-    "min_tokens", "stop", "tool_choice", "response_format", "structured_outputs",
+# What an answer of an unexpected shape can raise in a collector.
+CAPTURE_FAULTS = (
+    KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError, struct.error,
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request ready to go upstream, and what has to come out of its answer again."""
-
-    body: bytes
-    strip_ids: bool = False
-    strip_logprobs: bool = False
-
-    @property
-    def strips(self) -> bool:
-        """Whether the answer must be rewritten at all."""
-        return self.strip_ids or self.strip_logprobs
+class Untranslatable(Exception):
+    """The engine's answer could not be put into the words of the API that the agent speaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,259 +35,75 @@ class Captured:
     generations: tuple[Generation, ...]
 
 
+class Collector(ABC):
+    """Takes one answer as the engine sends it, records it, and returns it as the agent gets it.
+
+    ``whole`` and ``event`` may raise any of ``CAPTURE_FAULTS`` where an answer has an unexpected
+    shape; the agent then gets the bytes as they came. A collector that translates raises
+    ``Untranslatable`` instead, and keeps faults of recording to itself (in ``fault``).
+    """
+
+    ended = False  # the answer is whole: what is fed from here on comes after its end
+    failed: str | None = None  # an error that the engine sent inside a stream
+    fault: Exception | None = None  # recording failed, the answer did not
+
+    @abstractmethod
+    def whole(self, body: bytes) -> bytes:
+        """Take a whole answer."""
+
+    @abstractmethod
+    def event(self, event: Event) -> bytes:
+        """Take one event of a stream (``event.data`` is not None)."""
+
+    def refusal(self, body: bytes) -> bytes:
+        """Take the body of an answer with a status of 400 or more."""
+        return body
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether the generation has come to an end of its own, however the stream ends."""
+
+    @abstractmethod
+    def captured(self) -> Captured:
+        """The answer so far, in the store's terms."""
+
+    @abstractmethod
+    def generations(self) -> tuple[Generation, ...]:
+        """What came with token ids, so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request ready to go upstream, and who takes its answer."""
+
+    body: bytes
+    collector: Collector
+    sampling: Json  # the parameters that shape the distribution the tokens come from
+    path: str | None = None  # where it goes in place of the agent's path, query excluded
+
+
 class Wire(ABC):
     """One generating API. Stateless."""
 
     name: str
-    # Value of the field that asks for logprobs, and what is asked for beside it.
-    ask_logprobs: Any
 
     @abstractmethod
-    def may_ask(self, request: Json) -> bool:
-        """Whether asking for tokens leaves this request's answer (or error) as it was."""
-
-    @abstractmethod
-    def collector(self, prepared: Prepared) -> Collector:
-        """A fresh collector for one call."""
-
     def prepare(self, body: bytes, request: Json, *, tokens: bool) -> Prepared:
-        """Add what capture needs to a request body; leave the agent's own bytes as they are."""
-        if not tokens or not self.may_ask(request):
-            return Prepared(body)
-        strip_ids = not request.get("return_token_ids")
-        strip_logprobs = not self.wants_logprobs(request)
-        extra: Json = {}
-        if strip_ids:
-            extra["return_token_ids"] = True
-        if strip_logprobs:
-            extra["logprobs"] = self.ask_logprobs
-        try:
-            return Prepared(_with_fields(body, request, extra), strip_ids, strip_logprobs)
-        except TypeError:  # nested deeper than orjson writes
-            return Prepared(body)
+        """Add what capture needs, where ``tokens`` says that the engine can be asked for tokens.
 
-    @abstractmethod
-    def wants_logprobs(self, request: Json) -> bool:
-        """Whether the agent itself asked for logprobs."""
-
-
-def sampling_of(request: Json) -> Json:
-    """The parameters that shaped the distribution the tokens came from."""
-    return {key: request[key] for key in _SAMPLING_KEYS if request.get(key) is not None}
-
-
-def _with_fields(body: bytes, request: Json, extra: Json) -> bytes:
-    if not extra:
-        return body
-    if request and not any(key in request for key in extra):
-        # Spliced in, so that what the agent wrote stays as it wrote it, number formats included.
-        return body.rstrip()[:-1] + b"," + orjson.dumps(extra)[1:]
-    return orjson.dumps({**request, **extra})
-
-
-@dataclass(slots=True)
-class Choice:
-    """One choice while it is being made."""
-
-    prompt_token_ids: list[int] | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
-    body: Json = field(default_factory=dict)  # the choice as a non-streamed answer would hold it
-
-
-class Collector(ABC):
-    """Records one answer and strips it, event by event or whole."""
-
-    def __init__(self, prepared: Prepared) -> None:
-        self._prepared = prepared
-        self._head: Json = {}
-        self._usage: Json | None = None
-        self._choices: dict[int, Choice] = {}
-        self._prompt_token_ids: list[int] | None = None
-        self._whole: bytes | None = None
-        self.changed = False  # the last answer or chunk is not what the engine sent
-        self.failed: str | None = None  # an error that the engine sent inside the stream
-
-    # -- the two ways in ------------------------------------------------------------------
-
-    def whole(self, answer: Json) -> Json:
-        """Record a non-streamed answer; return it as the agent should see it."""
-        self._begin(answer)
-        self._usage = answer.get("usage")
-        self._take(answer)
-        self._whole = orjson.dumps(answer)
-        return answer
-
-    def whole_bytes(self) -> bytes:
-        """The stripped non-streamed answer, serialised."""
-        return self._whole or b""
-
-    def event(self, chunk: Json) -> bool:
-        """Record one chunk of a stream and strip it in place.
-
-        Returns False where the chunk exists only because of what capture asked for.
+        ``request`` is ``body`` parsed, or {} where it is no JSON object. The agent's own bytes
+        stay as they are wherever that is possible.
         """
-        self.changed = False
-        choices = chunk.get("choices")
-        if choices is None and "error" in chunk:
-            self.failed = orjson.dumps(chunk["error"]).decode()
-            return True
-        if not self._head:
-            self._begin(chunk)
-        if chunk.get("usage"):
-            self._usage = chunk["usage"]
-        # Who asked for either of the two would have got every chunk without us as well.
-        keep = not (self._prepared.strip_ids and self._prepared.strip_logprobs)
-        self._take(chunk)
-        for choice in choices or ():
-            self._take_content(choice, self._choice(choice))
-            keep = keep or not self._is_only_capture(choice)
-        return keep or not choices
-
-    # -- the way out ----------------------------------------------------------------------
-
-    @property
-    def finished(self) -> bool:
-        """Whether every choice that began has come to its end."""
-        return bool(self._choices) and all(c.finish_reason is not None for c in self._choices.values())
-
-    def captured(self) -> Captured:
-        """The answer so far, in the store's terms."""
-        generations = self.generations()
-        exact = (
-            self.finished
-            and len(generations) == len(self._choices) > 0
-            and all(
-                g.prompt_token_ids and len(g.logprobs) == len(g.response_token_ids) > 0 for g in generations
-            )
-        )
-        body = self._whole
-        if body is None:
-            choices = [self._choices[index].body for index in sorted(self._choices)]
-            kind = str(self._head.get("object", "")).removesuffix(".chunk")
-            body = orjson.dumps({**self._head, "object": kind, "choices": choices, "usage": self._usage})
-        response_id = self._head.get("id")
-        return Captured(
-            response=body,
-            response_id=response_id if isinstance(response_id, str) else None,
-            fidelity=Fidelity.EXACT if exact else Fidelity.TEXT,
-            usage=self._usage,
-            generations=generations,
-        )
-
-    def generations(self) -> tuple[Generation, ...]:
-        """The choices that came with token ids, in the order of their index."""
-        made = []
-        for index in sorted(self._choices):
-            choice = self._choices[index]
-            prompt = choice.prompt_token_ids or self._prompt_token_ids
-            if prompt is None or not choice.token_ids:
-                continue
-            logprobs = choice.logprobs if len(choice.logprobs) == len(choice.token_ids) else []
-            made.append(
-                Generation(
-                    _packed("i", prompt),
-                    _packed("i", choice.token_ids),
-                    _packed("f", logprobs),
-                    choice.finish_reason,
-                )
-            )
-        return tuple(made)
-
-    # -- per wire -------------------------------------------------------------------------
-
-    @abstractmethod
-    def _logprobs_of(self, logprobs: Json) -> list[float]: ...
-
-    @abstractmethod
-    def _take_content(self, choice: Json, state: Choice) -> None: ...
-
-    @abstractmethod
-    def _is_only_capture(self, choice: Json) -> bool: ...
-
-    # -- shared ---------------------------------------------------------------------------
-
-    def _begin(self, answer: Json) -> None:
-        self._head = {k: answer[k] for k in ("id", "object", "created", "model") if k in answer}
-
-    def _choice(self, choice: Json) -> Choice:
-        index = choice.get("index", 0)
-        state = self._choices.get(index)
-        if state is None:
-            state = self._choices[index] = Choice()
-        return state
-
-    def _take(self, answer: Json) -> None:
-        """Record an answer's or a chunk's tokens, and take out what only capture asked for.
-
-        Taken out means null: that is what vLLM says without being asked.
-        """
-        strip_ids, strip_logprobs = self._prepared.strip_ids, self._prepared.strip_logprobs
-        if (prompt := answer.get("prompt_token_ids")) is not None:
-            self._prompt_token_ids = prompt
-            if strip_ids:
-                answer["prompt_token_ids"] = None
-                self.changed = True
-        for choice in answer.get("choices") or ():
-            state = self._choice(choice)
-            if (prompt := choice.get("prompt_token_ids")) is not None:
-                state.prompt_token_ids = prompt
-                if strip_ids:
-                    choice["prompt_token_ids"] = None
-                    self.changed = True
-            if (token_ids := choice.get("token_ids")) is not None:
-                state.token_ids += token_ids
-                if strip_ids:
-                    choice["token_ids"] = None
-                    self.changed = True
-            if (logprobs := choice.get("logprobs")) is not None:
-                state.logprobs += self._logprobs_of(logprobs)
-                if strip_logprobs:
-                    choice["logprobs"] = None
-                    self.changed = True
-            if (finish_reason := choice.get("finish_reason")) is not None:
-                state.finish_reason = str(finish_reason)
 
 
-def _packed(typecode: str, values: list[Any]) -> array[Any]:
-    """``array(typecode, values)``, three times as fast."""
-    packed: array[Any] = array(typecode)
-    packed.frombytes(struct.pack(f"{len(values)}{typecode}", *values))
-    return packed
+def sampling_of(request: Json, keys: Iterable[str]) -> Json:
+    """The parameters of a request that are set, of those that ``keys`` names."""
+    return {key: request[key] for key in keys if request.get(key) is not None}
 
 
-def merge_delta(into: Json, delta: Json) -> None:
-    """Add a streamed delta to a message, as OpenAI's clients do.
-
-    Text grows, numbers and ids are set, list items with an ``index`` merge with their own. The
-    delta stays as it is: nothing of it is shared, since it goes on to the agent.
-    """
-    for key, value in delta.items():
-        have = into.get(key)
-        if value is None:
-            into.setdefault(key, None)
-        elif isinstance(value, str) and isinstance(have, str) and key not in ("role", "id", "type"):
-            into[key] = have + value
-        elif isinstance(value, dict):
-            if not isinstance(have, dict):
-                have = into[key] = {}
-            merge_delta(have, value)
-        elif isinstance(value, list):
-            into[key] = _merge_items(have if isinstance(have, list) else [], value)
-        else:
-            into[key] = value
-
-
-def _merge_items(have: list[Any], items: list[Any]) -> list[Any]:
-    for item in items:
-        index = item.get("index") if isinstance(item, dict) else None
-        if not isinstance(index, int):
-            have.append(item)
-            continue
-        known = next((i for i in have if isinstance(i, dict) and i.get("index") == index), None)
-        if known is None:
-            known = {}
-            have.append(known)
-        merge_delta(known, item)
-    return have
+def packed(typecode: str, values: list[Any]) -> array[Any]:
+    """``array(typecode, values)``, three times as fast. Raises struct.error."""
+    made: array[Any] = array(typecode)
+    made.frombytes(struct.pack(f"{len(values)}{typecode}", *values))
+    return made

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from .base import Choice, Collector, Json, Prepared, Wire, merge_delta
+from .base import Json
+from .choices import Asked, Choice, ChoicesCollector, ChoicesWire, merge_delta
 
 
-class ChatWire(Wire):
+class ChatWire(ChoicesWire):
     """https://platform.openai.com/docs/api-reference/chat, with vLLM's ``return_token_ids``."""
 
     name = "chat"
@@ -21,11 +22,11 @@ class ChatWire(Wire):
         hidden = request.get("include_reasoning") is False
         return not (lonely_top or hidden or request.get("use_beam_search") or request.get("echo"))
 
-    def collector(self, prepared: Prepared) -> Collector:
-        return _ChatCollector(prepared)
+    def collector(self, asked: Asked) -> ChoicesCollector:
+        return _ChatCollector(asked)
 
 
-class _ChatCollector(Collector):
+class _ChatCollector(ChoicesCollector):
     def _logprobs_of(self, logprobs: Json) -> list[float]:
         return [entry["logprob"] for entry in logprobs.get("content") or ()]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from .base import Choice, Collector, Json, Prepared, Wire
+from .base import Json
+from .choices import Asked, Choice, ChoicesCollector, ChoicesWire
 
 
-class CompletionsWire(Wire):
+class CompletionsWire(ChoicesWire):
     """https://platform.openai.com/docs/api-reference/completions, with ``return_token_ids``."""
 
     name = "completions"
@@ -18,11 +19,11 @@ class CompletionsWire(Wire):
         # `echo` mixes the prompt into text, ids and logprobs; beam search samples nothing.
         return not (request.get("echo") or request.get("use_beam_search"))
 
-    def collector(self, prepared: Prepared) -> Collector:
-        return _CompletionsCollector(prepared)
+    def collector(self, asked: Asked) -> ChoicesCollector:
+        return _CompletionsCollector(asked)
 
 
-class _CompletionsCollector(Collector):
+class _CompletionsCollector(ChoicesCollector):
     def _logprobs_of(self, logprobs: Json) -> list[float]:
         return logprobs.get("token_logprobs") or []
 
