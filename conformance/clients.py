@@ -23,7 +23,7 @@ class Client:
     api: str  # what of the package the agent uses
     wire: str = "chat"
     fidelity: Literal["exact", "none"] = "exact"  # of each span; none: forwarded unread, so no spans
-    streams: bool = True
+    streams: Literal["both", "always", "never"] = "both"
     core: bool = False  # runs in CI
     registry: Literal["pypi", "npm"] = "pypi"
     requires: tuple[str, ...] = ()  # what pip installs, where that is not just the package
@@ -137,9 +137,7 @@ CLIENTS: tuple[Client, ...] = (
         env="agent-framework",
         arguments=("chat",),
     ),
-    Client(
-        "dspy", "dspy", "dspy_agent.py", "ReAct", streams=False, variables=_NO_PRICE_LIST, replies=DSPY
-    ),
+    Client("dspy", "dspy", "dspy_agent.py", "ReAct", streams="never", variables=_NO_PRICE_LIST, replies=DSPY),
     Client(
         "llama-index",
         "llama-index-core",
@@ -208,7 +206,7 @@ CLIENTS: tuple[Client, ...] = (
         "codex exec, its shell",
         "responses",
         "none",
-        streams=False,
+        streams="always",
         variables={"CODEX_API_KEY": "any"},
         replies=CODEX,
     ),
@@ -219,7 +217,8 @@ CLIENTS: tuple[Client, ...] = (
         "claude --print, its Bash",
         "messages",
         "none",
-        streams=False,
+        streams="always",
+        variables={"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
         replies=CLAUDE_CODE,
     ),
 )

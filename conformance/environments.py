@@ -1,8 +1,7 @@
-"""An environment for each client, made by pip or npm from the default index, once."""
+"""An environment for each client, made by pip or npm, once, of the newest versions that go together."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,70 +25,68 @@ class Environment:
     """Where a client's packages lie and how its agent is started."""
 
     command: tuple[str, ...]
-    path: str  # to be put before PATH
-    versions: dict[str, str]  # distribution -> installed version
+    binaries: Path  # a folder to be put before PATH
+    versions: dict[str, str]  # of what was asked for; the client's own package is among them
 
 
-def environment_for(client: Client) -> Environment:
-    """The client's environment, made where it is missing or its requirements changed.
+def environment_for(client: Client, *, fresh: bool = False) -> Environment:
+    """The client's environment, made where it is missing, was made otherwise, or is to be ``fresh``.
 
     Raises ``CannotInstall``.
     """
-    return _node(client) if client.npm else _python(client)
+    make = _node if client.registry == "npm" else _python
+    return make(client, CACHE / (client.env or client.name), fresh)
 
 
-def _python(client: Client) -> Environment:
-    folder = CACHE / (client.shares or client.name)
-    python = folder / "bin" / "python"
-    if _is_stale(folder, "\n".join(client.requires)):
+def _python(client: Client, folder: Path, fresh: bool) -> Environment:
+    python, wanted = folder / "bin" / "python", "\n".join(client.requires or (client.package,))
+    if fresh or not _is_made_of(folder, wanted):
         shutil.rmtree(folder, ignore_errors=True)
         _run([sys.executable, "-m", "venv", str(folder)])
-        _run([str(python), "-m", "pip", "install", "-qq", *client.requires])
-        _stamp(folder, "\n".join(client.requires))
-    listed = _run([str(python), "-m", "pip", "list", "--format", "json"])
-    versions = {entry["name"].lower().replace("_", "-"): entry["version"] for entry in json.loads(listed)}
-    return Environment((str(python), str(AGENTS / client.agent)), str(python.parent), versions)
+        _run([str(python), "-m", "pip", "install", "-qq", *wanted.split()])
+        _stamp(folder, wanted)
+    installed = {
+        entry["name"].lower().replace("_", "-"): entry["version"]
+        for entry in json.loads(_run([str(python), "-m", "pip", "list", "--format", "json"]))
+    }
+    direct = [client.package, *(name.partition("[")[0] for name in wanted.split())]
+    versions = {name: installed[name] for name in direct}
+    return Environment((str(python), str(AGENTS / client.agent)), python.parent, versions)
 
 
-def _node(client: Client) -> Environment:
-    """npm installs beside the agent, because Node looks for modules from the agent's folder upwards."""
-    source, folder = AGENTS / client.agent, CACHE / client.name
-    wanted = (source / "package.json").read_text(encoding="utf-8")
-    if _is_stale(folder, wanted):
+def _node(client: Client, folder: Path, fresh: bool) -> Environment:
+    # Node looks for modules from the agent's own folder upwards, so the agent is copied to them.
+    wanted = (AGENTS / client.agent / "package.json").read_text(encoding="utf-8")
+    if fresh or not _is_made_of(folder, wanted):
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(source, folder)
+        shutil.copytree(AGENTS / client.agent, folder)
         _run(["npm", "install", "--no-audit", "--no-fund", "--loglevel", "error"], folder)
         _stamp(folder, wanted)
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+    shutil.copytree(AGENTS / client.agent, folder, dirs_exist_ok=True)
+    modules = folder / "node_modules"
     versions = {
-        name: json.loads((folder / "node_modules" / name / "package.json").read_text())["version"]
+        name: json.loads((modules / name / "package.json").read_text(encoding="utf-8"))["version"]
         for name in json.loads(wanted)["dependencies"]
     }
-    return Environment(
-        ("node", str(folder / "agent.mjs")), str(folder / "node_modules" / ".bin"), versions
-    )
+    return Environment(("node", str(folder / "agent.mjs")), modules / ".bin", versions)
 
 
 def _run(command: list[str], folder: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=_install_environ())
+    # PYTHONPATH would let the packages of whoever runs us pass for the client's.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environ)
+    except FileNotFoundError as error:
+        raise CannotInstall(f"{command[0]} is not installed") from error
     if done.returncode:
         raise CannotInstall(f"{' '.join(command[:4])} ...: {done.stderr.strip()[-800:]}")
     return done.stdout
 
 
-def _install_environ() -> dict[str, str]:
-    # The packages of the environment that runs us are not the client's.
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-
-
-def _is_stale(folder: Path, wanted: str) -> bool:
+def _is_made_of(folder: Path, wanted: str) -> bool:
     stamp = folder / "conformance.stamp"
-    return not stamp.exists() or stamp.read_text() != _fingerprint(wanted)
+    return stamp.exists() and stamp.read_text(encoding="utf-8") == wanted
 
 
 def _stamp(folder: Path, wanted: str) -> None:
-    (folder / "conformance.stamp").write_text(_fingerprint(wanted))
-
-
-def _fingerprint(wanted: str) -> str:
-    return hashlib.sha256(f"{sys.version_info[:2]}\n{wanted}".encode()).hexdigest()
+    (folder / "conformance.stamp").write_text(wanted, encoding="utf-8")

@@ -27,7 +27,9 @@ WIRES = {
     "/v1/responses": "responses",
     "/v1/messages": "messages",
 }
+_STREAMED = {"both": {True, False}, "always": {True}, "never": {False}}
 _RESULT = re.compile(r'\{"line":.*\}$', re.MULTILINE)  # some frameworks print without a line end
+ENGINE = "tests.engine.fake_engine"
 _DELAY_S = "0.02"  # before each answer, so that runs overlap
 
 
@@ -42,9 +44,10 @@ class Attribution:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of a trial. It is passed where nothing is wrong."""
+    """What came of a trial. It is passed where it was run and nothing is wrong."""
 
     wrong: list[str]
+    not_run: str | None = None  # why
     calls: int = 0  # that reached the engine through the proxy
     spans: dict[str, int] = field(default_factory=dict)  # "chat exact" -> how many
     same_answer: bool = False
@@ -66,10 +69,10 @@ def try_client(client: Client, environment: Environment) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="conformance-") as name:
         room = Path(name)
         (room / "rules.json").write_text(rules(client.replies), encoding="utf-8")
-        command = [sys.executable, "-m", "tests.engine.fake_engine", "--rules", str(room / "rules.json")]
+        command = [sys.executable, "-m", ENGINE, "--rules", str(room / "rules.json")]
         with _serving([*command, "--delay-s", _DELAY_S], room) as engine:
             if not _speaks(engine, client.wire):
-                return Verdict([f"the fake engine does not speak {client.wire} yet"])
+                return Verdict([], not_run=f"the fake engine does not speak {client.wire} yet")
             straight = _run_agent(client, environment, engine, engine, room)
             db = room / "lightning.db"
             command = [sys.executable, "-m", "lightning_proxy.cli", "serve", "--upstream", f"{engine}/v1"]
@@ -96,7 +99,16 @@ def judge(client: Client, straight: Outcome, proxied: Outcome, spans: Sequence[S
     expected = Counter(f"{wire} {client.fidelity}" for wire in generating)
     if client.fidelity != "none" and seen != expected:
         wrong.append(f"spans: {dict(seen)}, expected {dict(expected)}")
-    return Verdict(wrong, len(generating), dict(seen), same, attribution(spans) if spans else None)
+    streamed = {span.streamed for span in spans}
+    if spans and streamed != _STREAMED[client.streams]:
+        wrong.append(f"streamed spans: {streamed}, expected {_STREAMED[client.streams]}")
+    return Verdict(
+        wrong,
+        calls=len(generating),
+        spans=dict(seen),
+        same_answer=same,
+        attribution=attribution(spans) if spans else None,
+    )
 
 
 def attribution(spans: Sequence[Span]) -> Attribution:
@@ -136,7 +148,7 @@ def _faults(client: Client, outcome: Outcome) -> list[str]:
 
 
 def _lines(client: Client) -> tuple[str, ...]:
-    return WHOLE + STREAMED if client.streams else WHOLE
+    return WHOLE + STREAMED if client.streams == "both" else WHOLE
 
 
 def _run_agent(client: Client, environment: Environment, server: str, engine: str, room: Path) -> Outcome:
@@ -171,7 +183,7 @@ def _environ(client: Client, environment: Environment, server: str, home: Path) 
         "ANTHROPIC_API_KEY": "any",
     }
     given = {name: value.format(root=server) for name, value in {**standard, **client.variables}.items()}
-    path = f"{environment.path}:{os.environ['PATH']}"
+    path = f"{environment.binaries}{os.pathsep}{os.environ['PATH']}"
     return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", **given}
 
 

@@ -23,19 +23,18 @@ def rules(own: Replies = ()) -> str:
     return json.dumps([*own, *_COMMON], indent=1)
 
 
-def _ride(name: str, arguments: str, **more: Any) -> Replies:
+def _ride(name: str, arguments: str) -> Replies:
     """Call a tool at stations 0 and 1; the second call comes with a word beside it, as models do."""
+    first, second = ([[name, arguments.replace("N", number)]] for number in "01")
     return (
-        {"when": rf"{LINE}-1\b", "text": "One more.", "tool_calls": [[name, arguments.replace("N", "1")]], **more},
-        {"when": rf"{LINE}-0\b", "tool_calls": [[name, arguments.replace("N", "0")]], **more},
+        {"when": rf"{LINE}-1\b", "text": "One more.", "tool_calls": second},
+        {"when": rf"{LINE}-0\b", "tool_calls": first},
     )
 
 
 _END = rf"{LINE}-{LAST}\b"
-_COMMON: Replies = (
-    {"when": _END, "text": r"The terminus is \g<0>."},
-    *_ride("next_station", r'{"station": "\g<line>-N"}'),
-)
+_ARRIVE: Replies = ({"when": _END, "text": r"The terminus is \g<0>."},)
+_COMMON: Replies = (*_ARRIVE, *_ride("next_station", r'{"station": "\g<line>-N"}'))
 
 # Structured output: text is JSON or is not there.
 PARSED: Replies = (
@@ -44,7 +43,9 @@ PARSED: Replies = (
 )
 
 # smolagents answers by a tool.
-SMOLAGENTS: Replies = ({"when": _END, "tool_calls": [["final_answer", r'{"answer": "The terminus is \g<0>."}']]},)
+SMOLAGENTS: Replies = (
+    {"when": _END, "tool_calls": [["final_answer", r'{"answer": "The terminus is \g<0>."}']]},
+)
 
 # DSPy has its own way to write a call, and a last call that makes the answer of what happened.
 _FIELD = "[[ ## {} ## ]]\n{}\n\n"
@@ -67,5 +68,5 @@ DSPY: Replies = (
 
 # Coding agents have a shell for a tool: the next station is what it computes.
 _ECHO = r"echo \g<line>-$((N + 1))"
-CODEX: Replies = _ride("exec_command", json.dumps({"cmd": _ECHO}).replace("\\\\", "\\"))
-CLAUDE_CODE: Replies = _ride("Bash", json.dumps({"command": _ECHO}).replace("\\\\", "\\"))
+CODEX: Replies = (*_ARRIVE, *_ride("exec_command", f'{{"cmd": "{_ECHO}"}}'))
+CLAUDE_CODE: Replies = (*_ARRIVE, *_ride("Bash", f'{{"command": "{_ECHO}"}}'))

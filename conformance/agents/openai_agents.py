@@ -1,4 +1,4 @@
-"""OpenAI Agents SDK: an agent with a function tool. The first argument is the API: chat_completions, responses."""
+"""OpenAI Agents SDK: an agent with a tool. The first argument is the API: chat_completions or responses."""
 
 import asyncio
 import json

@@ -43,7 +43,11 @@ async def run(line, stream=""):
         for call in calls:
             station = json.loads(call.arguments)["station"]
             called.append(station)
-            output = {"type": "function_call_output", "call_id": call.call_id, "output": next_station(station)}
+            output = {
+                "type": "function_call_output",
+                "call_id": call.call_id,
+                "output": next_station(station),
+            }
             history.append(output)
 
 
