@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
+from typing import Any
 
 from conformance.clients import CLIENTS, Client
 from conformance.environments import CannotInstall, environment_for
@@ -27,21 +29,18 @@ def main() -> int:
             parser.error(f"no client {', '.join(sorted(unknown))}; there are {', '.join(_NAMES)}")
         clients = [client for client in clients if client.name in names]
     fresh = {client.env or client.name for client in clients} if args.fresh else set()
-    results, failed = read_results(), []
+    results, states = read_results(), Counter[str]()
     for client in clients:
         made = client.env or client.name
         results[client.name] = _try(client, made in fresh)
         fresh.discard(made)  # clients that share an environment make it once
         write_results(results)
-        if results[client.name]["state"] == "failed":
-            failed.append(client.name)
-    print(
-        f"{len(clients) - len(failed)} of {len(clients)} without a fault; docs/conformance.md has the table"
-    )
-    return 1 if failed else 0
+        states[results[client.name]["state"]] += 1
+    print(", ".join(f"{count} {state}" for state, count in states.items()), "- see docs/conformance.md")
+    return 1 if states["failed"] else 0
 
 
-def _try(client: Client, fresh: bool) -> dict[str, object]:
+def _try(client: Client, fresh: bool) -> dict[str, Any]:
     started, versions = time.monotonic(), dict[str, str]()
     try:
         environment = environment_for(client, fresh=fresh)
