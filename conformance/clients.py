@@ -22,7 +22,7 @@ class Client:
     agent: str  # a file in agents/; for npm a folder with package.json and agent.mjs
     api: str  # what of the package the agent uses
     wire: str = "chat"
-    fidelity: Literal["exact", "none"] = "exact"  # of each span; none: forwarded unread, so no spans
+    fidelity: Literal["exact", "text", "none"] = "exact"  # of each span, at least; none: there are no spans
     streams: Literal["both", "always", "never"] = "both"
     core: bool = False  # runs in CI
     registry: Literal["pypi", "npm"] = "pypi"

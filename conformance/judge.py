@@ -19,7 +19,7 @@ from typing import Any
 from conformance.clients import Client
 from conformance.environments import ROOT, Environment
 from conformance.replies import LAST, LINE, STREAMED, WHOLE, rules
-from lightning_proxy.store import Span, Store
+from lightning_proxy.store import Fidelity, Span, Store
 
 WIRES = {
     "/v1/chat/completions": "chat",
@@ -28,6 +28,7 @@ WIRES = {
     "/v1/messages": "messages",
 }
 _STREAMED = {"both": {True, False}, "always": {True}, "never": {False}}
+_RANK: dict[str, int] = {fidelity.value: rank for rank, fidelity in enumerate(Fidelity)}
 _RESULT = re.compile(r'\{"line":.*\}$', re.MULTILINE)  # some frameworks print without a line end
 ENGINE = "tests.engine.fake_engine"
 _DELAY_S = "0.02"  # before each answer, so that runs overlap
@@ -48,7 +49,8 @@ class Verdict:
 
     wrong: list[str]
     not_run: str | None = None  # why
-    calls: int = 0  # that reached the engine through the proxy
+    fails_alone: bool = False  # the agent does not work straight before the engine either
+    calls: int = 0  # that the agent makes
     spans: dict[str, int] = field(default_factory=dict)  # "chat exact" -> how many
     same_answer: bool = False
     attribution: Attribution | None = None  # None: no spans to attribute
@@ -84,27 +86,34 @@ def try_client(client: Client, environment: Environment) -> Verdict:
 
 
 def judge(client: Client, straight: Outcome, proxied: Outcome, spans: Sequence[Span]) -> Verdict:
-    """Compare what an agent did without and with the proxy, and look at what was recorded."""
-    wrong = [f"straight: {fault}" for fault in _faults(client, straight)]
-    wrong += [f"proxied: {fault}" for fault in _faults(client, proxied)]
-    same = straight.results == proxied.results
+    """Compare what an agent did without and with the proxy, and look at what was recorded.
+
+    The calls that an agent makes are those that the engine saw straight: a proxy may ask the engine in
+    other ways, and things of its own.
+    """
+    alone = _faults(client, straight)
+    wrong = [f"proxied: {fault}" for fault in _faults(client, proxied)]
+    same = straight.results == proxied.results and straight.status == proxied.status
     if not same:
         wrong.append(f"straight it printed {straight.results}, proxied {proxied.results}")
-    if Counter(straight.calls) != Counter(proxied.calls):
-        wrong.append(f"calls straight {Counter(straight.calls)}, proxied {Counter(proxied.calls)}")
-    generating = [WIRES[path] for path in proxied.calls if path in WIRES]
-    if set(generating) != {client.wire}:
-        wrong.append(f"it was to speak {client.wire}, and spoke {sorted(set(generating))}")
+    calls = [WIRES[path] for path in straight.calls if path in WIRES]
+    if set(calls) != {client.wire}:
+        wrong.append(f"it was to speak {client.wire}, and spoke {sorted(set(calls))}")
     seen = Counter(f"{span.wire} {span.fidelity.value}" for span in spans)
-    expected = Counter(f"{wire} {client.fidelity}" for wire in generating)
-    if client.fidelity != "none" and seen != expected:
-        wrong.append(f"spans: {dict(seen)}, expected {dict(expected)}")
+    if client.fidelity == "none":
+        if Counter(straight.calls) != Counter(proxied.calls):
+            wrong.append(f"calls straight {Counter(straight.calls)}, proxied {Counter(proxied.calls)}")
+    elif Counter(span.wire for span in spans) != Counter(calls) or any(
+        _RANK[span.fidelity] > _RANK[client.fidelity] for span in spans
+    ):
+        wrong.append(f"spans: {dict(seen)}, expected {len(calls)} {client.wire} {client.fidelity}")
     streamed = {span.streamed for span in spans}
     if spans and streamed != _STREAMED[client.streams]:
         wrong.append(f"streamed spans: {streamed}, expected {_STREAMED[client.streams]}")
     return Verdict(
-        wrong,
-        calls=len(generating),
+        wrong=wrong if not alone else [f"straight: {fault}" for fault in alone] + wrong,
+        fails_alone=bool(alone),
+        calls=len(calls),
         spans=dict(seen),
         same_answer=same,
         attribution=attribution(spans) if spans else None,

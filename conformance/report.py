@@ -59,7 +59,10 @@ its `config2.yaml`, with `llm.api_type: openai`, and speaks Chat Completions, as
 
 def record(client: Client, versions: dict[str, str], verdict: Verdict) -> dict[str, Any]:
     """What is kept of a trial."""
-    state = "not run" if verdict.not_run else "failed" if verdict.wrong else "passed"
+    if verdict.wrong:
+        state = "fails without us too" if verdict.fails_alone else "failed"
+    else:
+        state = "not run" if verdict.not_run else "passed"
     return {
         "state": state,
         "date": datetime.now(UTC).date().isoformat(),

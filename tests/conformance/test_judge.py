@@ -44,9 +44,7 @@ def test_a_run_that_is_as_it_should_be_passes() -> None:
         (replace(GOOD, results=[{**GOOD.results[0], "called": []}, GOOD.results[1]]), SPANS, "the tool was"),
         (replace(GOOD, results=[{**GOOD.results[0], "answer": None}, GOOD.results[1]]), SPANS, "it answered"),
         (replace(GOOD, results=[{**GOOD.results[0], "pieces": 3}, GOOD.results[1]]), SPANS, "it printed"),
-        (replace(GOOD, calls=GOOD.calls[:5]), SPANS, "calls straight"),
-        (replace(GOOD, calls=["/v1/responses"] * 6), SPANS, "was to speak chat"),
-        (GOOD, SPANS[:5], "spans: {'chat exact': 5}, expected {'chat exact': 6}"),
+        (GOOD, SPANS[:5], "spans: {'chat exact': 5}, expected 6 chat exact"),
         (GOOD, [*SPANS[:5], span("birch", fidelity=Fidelity.TEXT)], "spans: "),
         (GOOD, [*SPANS[:5], span("birch", streamed=True)], "streamed spans"),
     ],
@@ -55,9 +53,30 @@ def test_a_fault_is_found(proxied: Outcome, spans: list[Span], told: str) -> Non
     assert told in "\n".join(judge(CLIENT, GOOD, proxied, spans).wrong)
 
 
+def test_a_client_may_be_expected_to_give_text_at_least() -> None:
+    spans = [*SPANS[:5], span("birch", fidelity=Fidelity.TEXT)]
+    assert judge(replace(CLIENT, fidelity="text"), GOOD, GOOD, spans).wrong == []
+    spans = [*SPANS[:5], span("birch", fidelity=Fidelity.INCOMPLETE)]
+    assert judge(replace(CLIENT, fidelity="text"), GOOD, GOOD, spans).wrong != []
+
+
 def test_an_agent_that_fails_without_the_proxy_has_not_passed() -> None:
     broken = replace(GOOD, status=1, results=[])
-    assert "straight: exit 1" in "\n".join(judge(CLIENT, broken, broken, SPANS).wrong)
+    verdict = judge(CLIENT, broken, broken, SPANS)
+    assert verdict.fails_alone
+    assert "straight: exit 1" in "\n".join(verdict.wrong)
+
+
+def test_a_client_of_another_api_than_expected_is_found() -> None:
+    other = replace(GOOD, calls=["/v1/responses"] * 6)
+    assert "was to speak chat" in "\n".join(judge(CLIENT, other, other, SPANS).wrong)
+
+
+def test_calls_of_an_api_that_is_forwarded_unread_are_compared_at_the_engine() -> None:
+    unread = replace(CLIENT, wire="responses", fidelity="none")
+    straight = replace(GOOD, calls=["/v1/responses"] * 6)
+    assert judge(unread, straight, straight, []).wrong == []
+    assert judge(unread, straight, replace(straight, calls=["/v1/responses"] * 7), []).wrong != []
 
 
 @pytest.mark.parametrize(

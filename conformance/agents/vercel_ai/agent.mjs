@@ -12,6 +12,8 @@ async function run(line, how) {
     model,
     prompt: `Ride from ${line}-0 to the terminus.`,
     stopWhen: stepCountIs(5),
+    // Where `store` is on, what was said comes back as a reference, which needs a server that keeps it.
+    providerOptions: { openai: { store: false } },
     tools: {
       next_station: tool({
         description: "Name the station that comes after this one.",
