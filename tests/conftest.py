@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 from aiohttp import web
@@ -80,6 +80,15 @@ class ProxyThread:
         """A connection to the database of its own."""
         return Store.open(self.db)
 
+    def hold(self, reason: str) -> None:
+        """Close the gate before the main upstream, as a change of weights does."""
+        from lightning_proxy.proxy.app import PARTS
+
+        async def close() -> None:
+            self._runner.app[PARTS].hold.close(reason)
+
+        asyncio.run_coroutine_threadsafe(close(), self._loop).result(10)
+
     async def _start(self) -> tuple[web.AppRunner, str]:
         from lightning_proxy.proxy.app import PARTS, create_app, listen
 
@@ -125,7 +134,7 @@ class ProxyProcess:
 class MakeProxy(Protocol):
     """Start a proxy before an upstream; keyword arguments are table names of the settings."""
 
-    def __call__(self, upstream: str, **tables: dict[str, object]) -> ProxyThread: ...
+    def __call__(self, upstream: str, **tables: Any) -> ProxyThread: ...
 
 
 class MakeProxyProcess(Protocol):
@@ -141,10 +150,10 @@ def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
     """Start proxies in this process: ``make_proxy(engine.base_url, proxy={"token": "s"})``."""
     started: list[ProxyThread] = []
 
-    def make(upstream: str, **tables: dict[str, object]) -> ProxyThread:
-        given = {name: dict(table) for name, table in tables.items()}
-        given["proxy"] = {"upstream": upstream, "port": 0, **given.get("proxy", {})}
-        given["store"] = {"db": tmp_path / "lightning.db", **given.get("store", {})}
+    def make(upstream: str, **tables: Any) -> ProxyThread:
+        given: dict[str, object] = dict(tables)
+        given["proxy"] = {"upstream": upstream, "port": 0, **tables.get("proxy", {})}
+        given["store"] = {"db": tmp_path / "lightning.db", **tables.get("store", {})}
         started.append(ProxyThread(Settings.model_validate(given)))
         return started[-1]
 

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from lightning_proxy import __version__
-from lightning_proxy.cli import learn, policies, records, setup, status
+from lightning_proxy.cli import learn, policies, records, roles, setup, status
 from lightning_proxy.errors import ConfigError, InvalidInput, LightningError
 
 _TRACEBACK = "traceback"
@@ -90,9 +90,15 @@ app.command(
         "lightning-proxy rollouts --json",
     )
 )(records.rollouts)
-app.command(epilog=_example("lightning-proxy spans --rollout r-17", "lightning-proxy spans 42"))(
-    records.spans
+app.add_typer(
+    records.spans_app,
+    epilog=_example(
+        "lightning-proxy spans --rollout r-17", "lightning-proxy spans 42", "lightning-proxy spans roles"
+    ),
 )
+records.spans_app.command(
+    epilog=_example("lightning-proxy spans roles", "lightning-proxy spans roles --json")
+)(roles.roles)
 app.command(
     context_settings=_TAKES_NEGATIVE_NUMBERS,
     epilog=_example(

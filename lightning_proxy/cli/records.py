@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lightning_proxy.cli.common import (
     ConfigOption,
@@ -117,28 +118,61 @@ def _rewarded(reward: Reward) -> str:
 # --- spans --------------------------------------------------------------------------------------
 
 
+class SpansGroup(TyperGroup):
+    """``spans 42`` shows a span, ``spans roles`` is a command: what is none is a span's id."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """``show`` is the command behind an id."""
+        if args and args[0] not in self.commands:
+            args = ["show", *args]
+        return super().resolve_command(ctx, args)
+
+
+spans_app = typer.Typer(
+    name="spans",
+    cls=SpansGroup,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    subcommand_metavar="[SPAN_ID | roles]",
+)
+
+
+@spans_app.callback()
 def spans(
-    span_id: Annotated[int | None, typer.Argument(help="Show this one: messages, reply, tokens.")] = None,
+    ctx: typer.Context,
     rollout: Annotated[str | None, typer.Option("--rollout", help="Only those of this rollout.")] = None,
     limit: LimitOption = 20,
     json_: JsonOption = False,
     db: DbOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """List recorded calls, newest first, or show one."""
+    """List recorded calls, newest first; show one by its id; or tell the agents among them apart."""
+    if ctx.invoked_subcommand is not None:
+        return
     with open_store(settings_from(config, store__db=db)) as store:
-        if span_id is not None:
-            span = store.get_span(span_id)
-            if json_:
-                print_json(span)
-            else:
-                _show_span(span)
-            return
         found = store.list_spans(rollout_id=rollout, limit=limit)
     if json_:
         print_json({"spans": [_head(span) for span in found]})
     else:
         _print_heads(found)
+
+
+@spans_app.command(hidden=True)
+def show(
+    ctx: typer.Context,
+    span_id: Annotated[int, typer.Argument(help="Show this one: messages, reply, tokens.")],
+    json_: JsonOption = False,
+    db: DbOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Show one span: messages, reply, tokens."""
+    before: dict[str, Any] = ctx.parent.params if ctx.parent is not None else {}  # `spans --json 42`
+    with open_store(settings_from(config or before["config"], store__db=db or before["db"])) as store:
+        span = store.get_span(span_id)
+    if json_ or before["json_"]:
+        print_json(span)
+    else:
+        _show_span(span)
 
 
 def _head(span: Span) -> dict[str, Any]:
@@ -178,7 +212,9 @@ def _show_span(span: Span) -> None:
     typer.echo(f"{span.wire}, model {span.model}, policy {span.policy or '-'} version {span.policy_version}")
     typer.echo(
         f"{when(span.started_at)}, {span.ended_at - span.started_at:.3f} s, status {span.status}, "
-        f"attributed by {span.attributed_by}, {'streamed' if span.streamed else 'not streamed'}"
+        f"attributed by {span.attributed_by} (sure: {span.attribution_confidence:g}), "
+        f"{'streamed' if span.streamed else 'not streamed'}"
+        + (f", try {span.retry + 1} of its client" if span.retry else "")
     )
     logprobs = sum(len(generation.logprobs) for generation in span.generations)
     typer.echo(

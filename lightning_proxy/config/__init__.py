@@ -8,6 +8,6 @@ Imports nothing of ours but ``errors``.
 """
 
 from lightning_proxy.config.load import load_settings
-from lightning_proxy.config.settings import Settings
+from lightning_proxy.config.settings import Settings, UpstreamSettings
 
-__all__ = ["Settings", "load_settings"]
+__all__ = ["Settings", "UpstreamSettings", "load_settings"]

@@ -16,7 +16,7 @@ import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -31,7 +31,17 @@ ENV_PREFIX = "LIGHTNING_"
 @functools.cache
 def tables() -> Mapping[str, type[BaseModel]]:
     """The settings' tables by name, in the order in which they are declared."""
-    return {name: type(table) for name, table in Settings()}
+    return {name: type(table) for name, table in Settings() if isinstance(table, BaseModel)}
+
+
+@functools.cache
+def lists() -> Mapping[str, type[BaseModel]]:
+    """What is written as ``[[name]]``, as often as one likes: the class of one entry, by name."""
+    return {
+        name: get_args(info.annotation)[0]
+        for name, info in Settings.model_fields.items()
+        if name not in tables()
+    }
 
 
 @functools.cache
@@ -65,17 +75,20 @@ def load_settings(
             for key, value in (overrides or {}).items()
         ),
     ):
-        if key not in fields():
+        if key not in fields() and key not in lists():
             raise ConfigError(f"unknown setting {key} in {where}{_suggestion(key)}")
         given[key], origin[key] = value, where
     return _follow_proxy(_validate(given, origin))
 
 
 def _validate(given: Mapping[str, Any], origin: Mapping[str, str]) -> Settings:
-    nested: dict[str, dict[str, Any]] = {table: {} for table in tables()}
+    nested: dict[str, Any] = {table: {} for table in tables()}
     for key, value in given.items():
         table, _, name = key.partition(".")
-        nested[table][name] = value
+        if name:
+            nested[table][name] = value
+        else:
+            nested[table] = value
     try:
         return Settings.model_validate(nested)
     except ValidationError as error:
@@ -114,6 +127,11 @@ def _from_file(config: Path | None) -> list[tuple[str, Any, str]]:
     found: list[tuple[str, Any, str]] = []
     for table, content in document.items():
         where = f"{path}, line {_line_of(text, table, None)}"
+        if table in lists():
+            if not isinstance(content, list):
+                raise ConfigError(f"{table} in {where} is a list: write [[{table}]] and its settings below")
+            found.append((table, content, where))
+            continue
         if table not in tables():
             raise ConfigError(f"unknown setting {table} in {where}{_suggestion(table)}")
         if not isinstance(content, dict):
@@ -127,7 +145,7 @@ def _line_of(text: str, table: str, name: str | None) -> int:
     current, table_line = "", 1
     for number, line in enumerate(text.splitlines(), 1):
         key = re.match(r"\s*([\w.-]+)\s*=", line)
-        if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+        if header := re.match(r"\s*\[{1,2}\s*([\w.-]+)\s*\]", line):
             current = header[1]
         elif not key:
             continue
@@ -204,8 +222,9 @@ _LIMITS = {
 def _suggestion(key: str) -> str:
     """What the user may have meant, by the whole name, else by its last part; else what there is."""
     known = fields()
-    if "." not in key and (near := difflib.get_close_matches(key, tables(), n=1, cutoff=0.75)):
-        return f"; did you mean the table [{near[0]}]?"
+    names = {**{name: f"[{name}]" for name in tables()}, **{name: f"[[{name}]]" for name in lists()}}
+    if "." not in key and (near := difflib.get_close_matches(key, names, n=1, cutoff=0.75)):
+        return f"; did you mean the table {names[near[0]]}?"
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
         return f"; did you mean {near[0]}?"
     by_name = {dotted.rpartition(".")[2]: dotted for dotted in known}
@@ -221,6 +240,9 @@ def _explain(error: ValidationError, given: Mapping[str, Any], origin: Mapping[s
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"][:2])
         reason = str(problem.get("ctx", {}).get("error", ""))
+        if problem["loc"][0] in lists():
+            lines.append(_explain_entry(problem, origin))
+            continue
         if key not in given:  # a rule over several settings of one table
             lines.append(reason or f"{key}: {problem['msg']}")
             continue
@@ -230,3 +252,18 @@ def _explain(error: ValidationError, given: Mapping[str, Any], origin: Mapping[s
             f"{key} in {origin[key]} {value}; allowed: {allowed(info)}{f' ({reason})' if reason else ''}"
         )
     return "; ".join(dict.fromkeys(lines))
+
+
+def _explain_entry(problem: Any, origin: Mapping[str, str]) -> str:
+    """What is wrong with an entry of a list."""
+    name, *place = problem["loc"]
+    entry = f"[[{name}]]" + (f" number {place[0] + 1}" if place else "") + f" in {origin[name]}"
+    reason = str(problem.get("ctx", {}).get("error", "")) or problem["msg"]
+    if len(place) < 2:
+        return f"{entry}: {reason}"
+    settings = lists()[name].model_fields
+    if place[1] not in settings:
+        return f"{entry}: unknown setting {place[1]}; there are {', '.join(settings)}"
+    if problem["type"] == "missing":
+        return f"{entry}: {place[1]} is missing"
+    return f"{entry}: {place[1]} is {problem['input']!r}; allowed: {allowed(settings[place[1]])}"

@@ -102,6 +102,44 @@ class ProxySettings(_Table):
         return self
 
 
+class UpstreamSettings(_Table):
+    """A further endpoint, for the models that it names.
+
+    The first in the file whose `models` fit a call's model takes it; what fits none goes to
+    `proxy.upstream`.
+    """
+
+    models: tuple[str, ...] = Field(
+        min_length=1, description="Model names that go there, or patterns such as `gpt-*`."
+    )
+    url: BaseUrl | None = Field(
+        default=None,
+        description="Base URL of an endpoint that speaks the OpenAI (or, for `/v1/messages`, the Anthropic) "
+        "API; calls go there as they are. With `provider`: where that provider is, if not at its usual "
+        "address.",
+    )
+    provider: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9_]+$",
+        description="Provider that speaks an API of its own, by litellm's name (`anthropic`, `bedrock`, "
+        "`gemini` ...); calls are translated by litellm.",
+    )
+    api_key_env: str | None = Field(
+        default=None, description="Environment variable that holds the key to send in place of the agent's."
+    )
+    api_key_file: Path | None = Field(default=None, description="File that holds that key instead.")
+    capture: Literal["auto", "tokens", "text"] = Field(default="auto", description="As `proxy.capture`.")
+
+    @model_validator(mode="after")
+    def _goes_somewhere(self) -> Self:
+        for_whom = f"the upstream for {', '.join(self.models)}"
+        if self.url is None and self.provider is None:
+            raise ValueError(f"{for_whom} has neither url nor provider: say where the calls go")
+        if self.api_key_env is not None and self.api_key_file is not None:
+            raise ValueError(f"{for_whom} has both api_key_env and api_key_file: keep one")
+        return self
+
+
 class StoreSettings(_Table):
     """The database."""
 
@@ -217,6 +255,35 @@ class TrainSettings(_Table):
         return self
 
 
+class RoleSettings(_Table):
+    """One agent of a multi-agent system, by what it sends. All that is given here must hold.
+
+    The first role in the file that fits a call is its role, unless path or header name one.
+    `lightning-proxy spans roles` lists the agents seen, with lines to paste here.
+    """
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,199}$", description="What the role is called in spans."
+    )
+    fingerprint: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{8}$",
+        description="Of system prompt and tools together, as `lightning-proxy spans roles` shows it.",
+    )
+    system_contains: str | None = Field(
+        default=None, min_length=1, description="A piece of the system prompt, letter by letter."
+    )
+    tools: tuple[str, ...] = Field(
+        default=(), description="Names of tools that it has, with or without others."
+    )
+
+    @model_validator(mode="after")
+    def _tells_something(self) -> Self:
+        if self.fingerprint is None and self.system_contains is None and not self.tools:
+            raise ValueError(f"role {self.name!r} needs a fingerprint, system_contains or tools")
+        return self
+
+
 class Settings(_Table):
     """All tables of ``lightning.toml``."""
 
@@ -225,3 +292,5 @@ class Settings(_Table):
     policy: PolicySettings = PolicySettings()
     engine: EngineSettings = EngineSettings()
     train: TrainSettings = TrainSettings()
+    upstreams: tuple[UpstreamSettings, ...] = ()
+    roles: tuple[RoleSettings, ...] = ()

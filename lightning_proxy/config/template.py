@@ -10,11 +10,11 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic.fields import FieldInfo
 
-from lightning_proxy.config.load import DEFAULT_FILE, ENV_PREFIX, allowed, tables
+from lightning_proxy.config.load import DEFAULT_FILE, ENV_PREFIX, allowed, lists, tables
 
 _TOML_HEAD = f"""\
 # Settings of lightning-proxy. Every line below shows a default: remove the `#` to change it.
@@ -45,16 +45,22 @@ def render_toml() -> str:
     for table, cls in tables().items():
         parts.append(f"\n# {inspect.getdoc(cls)}\n[{table}]\n")
         for name, info in cls.model_fields.items():
-            bounds = allowed(info)
-            meaning = (
-                f"{info.description} Allowed: {bounds}."
-                if bounds not in _SELF_EVIDENT
-                else str(info.description)
-            )
-            parts += [f"# {line}\n" for line in textwrap.wrap(meaning, 100)]
+            parts += [f"# {line}\n" for line in textwrap.wrap(_meaning(info), 100)]
             value = '""  # not set' if info.default is None else _toml_value(info.default)
             parts.append(f"# {name} = {value}\n\n")
+    for name, cls in lists().items():
+        parts.append("\n")
+        parts += [f"# {line}".rstrip() + "\n" for line in str(inspect.getdoc(cls)).splitlines()]
+        parts.append(f"#   [[{name}]]\n")
+        for key, info in cls.model_fields.items():
+            parts += [f"#   # {line}\n" for line in textwrap.wrap(_meaning(info), 96)]
+            parts.append(f"#   {key} = {_example(info)}\n")
     return "".join(parts).rstrip() + "\n"
+
+
+def _meaning(info: FieldInfo) -> str:
+    bounds = allowed(info)
+    return f"{info.description} Allowed: {bounds}." if bounds not in _SELF_EVIDENT else str(info.description)
 
 
 def render_markdown() -> str:
@@ -64,11 +70,18 @@ def render_markdown() -> str:
         parts.append(f"\n## `[{table}]`\n\n{inspect.getdoc(cls)}\n\n")
         parts.append("| setting | default | allowed | meaning |\n|---|---|---|---|\n")
         parts += [_markdown_row(name, info) for name, info in cls.model_fields.items()]
+    for name, cls in lists().items():
+        parts.append(f"\n## `[[{name}]]`\n\n{inspect.getdoc(cls)}\n\n")
+        parts.append("| setting | default | allowed | meaning |\n|---|---|---|---|\n")
+        parts += [_markdown_row(key, info) for key, info in cls.model_fields.items()]
     return "".join(parts)
 
 
 def _markdown_row(name: str, info: FieldInfo) -> str:
-    default = "not set" if info.default is None else f"`{_toml_value(info.default)}`"
+    if info.is_required():
+        default = "must be given"
+    else:
+        default = "not set" if info.default is None else f"`{_toml_value(info.default)}`"
     cells = (f"`{name}`", default, allowed(info), info.description or "")
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
@@ -78,6 +91,11 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, dict) and not value:
         return "{}"
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+
+
+def _example(info: FieldInfo) -> str:
+    """Something of a setting's form, for an entry that has to be written by hand."""
+    return '["..."]' if get_origin(info.annotation) is tuple else '"..."'
 
 
 if __name__ == "__main__":

@@ -5,7 +5,12 @@ Read ``forward.py`` first: one call, from the agent's first byte to its last.
 ==================  ==============================================================================
 ``app``             puts the parts together; ``serve`` is the process
 ``forward``         one call on its way through
-``attribution``     whose call it is: path, headers, key (no I/O)
+``keys``            whose call it is: all the ways, in their order
+``attribution``     what the path and the headers say of it (no I/O)
+``native_ids``      what agents' own ids say of it (no I/O)
+``lineage``         what the conversation says of it (no I/O); ``conversation`` is its normal form,
+                    ``prompts`` and ``passages`` are for what does not come in messages
+``roles``           which of several agents it is, by system prompt and tools (no I/O)
 ``wires``           what each API adds, takes out and records (no I/O)
 ``sse``             server-sent events, incrementally (no I/O)
 ``upstream``        connections to the engine; which headers travel

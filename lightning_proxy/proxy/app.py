@@ -29,14 +29,17 @@ from .auth import Guard
 from .control import Control, http_status
 from .engine import Engine
 from .engine_process import EngineProcess
-from .forward import Forwarder, problem
+from .forward import Forwarder
 from .hold import Hold
 from .keys import Attributor
 from .metrics import Metrics
+from .problem import problem
 from .recorder import Recorder
+from .roles import Roles
 from .switch import Switch
 from .tasks import Tasks
-from .upstream import Upstream
+from .upstream import Upstream, only_the_upstreams
+from .upstreams import Endpoint, Upstreams, endpoint_of
 
 log = logging.getLogger(__name__)
 STARTING = "the engine is starting"
@@ -74,7 +77,7 @@ class Parts:
     hold: Hold
     writer: Writer
     reader: Reader
-    upstream: Upstream
+    upstreams: Upstreams
     engine: Engine
     switch: Switch
     attributor: Attributor
@@ -106,6 +109,7 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
     for path in ("/reward", "/api/{unknown:.*}"):  # with a method that our own routes do not have
         app.router.add_route("*", path, _no_such_route)
     app.router.add_route("*", "/{anything:.*}", parts.forwarder.handle)
+    app.on_response_prepare.append(only_the_upstreams)
     app.cleanup_ctx.append(_life(parts, engine_process))
     return app
 
@@ -123,8 +127,11 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         busy_timeout_s=settings.store.busy_timeout_s,
     )
     reader = Reader(settings)
-    upstream = Upstream(upstream_url, proxy.upstream_api_key, proxy.token)
     engine = Engine(upstream_url, proxy.upstream_api_key)
+    upstreams = Upstreams(
+        Endpoint(Upstream(upstream_url, proxy.upstream_api_key, proxy.token), engine, proxy.capture),
+        [endpoint_of(one, proxy.token) for one in settings.upstreams],
+    )
     switch = Switch(
         policy=settings.policy.name,
         engine=engine,
@@ -134,16 +141,19 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         tasks=tasks,
         tolerance=settings.train.verify_tolerance,
     )
-    attributor = Attributor(lambda key: reader(lambda store: store.owner_of_key(key)))
+    attributor = Attributor(
+        lambda key: reader(lambda store: store.owner_of_key(key)),
+        lambda digests, ids: reader(lambda store: store.conversation_ends(digests, ids)),
+        Roles(settings.roles),
+    )
     forwarder = Forwarder(
-        upstream=upstream,
-        engine=engine,
+        upstreams=upstreams,
         hold=hold,
         switch=switch,
         attributor=attributor,
         recorder=Recorder(writer, metrics, timeout_s=proxy.commit_timeout_s),
         metrics=metrics,
-        capture=proxy.capture,
+        tasks=tasks,
         hold_timeout_s=proxy.hold_timeout_s,
     )
     metrics.watch("held_calls", "Calls waiting for the engine", lambda: hold.waiting)
@@ -152,7 +162,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
     metrics.watch("policy_version", "Version that the engine runs, -1 where unknown",
                   lambda: -1 if (v := switch.version_of(settings.policy.name)) is None else v)  # fmt: skip
     return Parts(
-        settings, metrics, hold, writer, reader, upstream, engine, switch, attributor, tasks, forwarder
+        settings, metrics, hold, writer, reader, upstreams, engine, switch, attributor, tasks, forwarder
     )
 
 
@@ -171,13 +181,13 @@ def open_store(settings: Settings) -> Store:
 def _life(parts: Parts, engine_process: EngineProcess | None) -> Callable[[web.Application], Any]:
     async def life(app: web.Application) -> Any:
         parts.writer.start()
-        await parts.upstream.start()
+        await parts.upstreams.start()
         await _register_model(parts)
         if engine_process is None:
             await _begin_with_active(parts)
         yield
         await parts.tasks.close()
-        await parts.upstream.close()
+        await parts.upstreams.close()
         await parts.writer.close()
         parts.reader.close()
 
@@ -235,7 +245,8 @@ def _door(guard: Guard) -> Any:
         except LightningError as error:
             return problem(*http_status(error), str(error))
         except web.HTTPRequestEntityTooLarge as error:
-            return problem(413, "too_large", f"the body is larger than proxy.max_body_mb: {error.text}")
+            return problem(413, "too_large", f"{error.text} Raise proxy.max_body_mb (lightning.toml), or "
+                           "LIGHTNING_PROXY__MAX_BODY_MB, to let larger ones through.")  # fmt: skip
 
     return door
 
@@ -303,7 +314,7 @@ async def listen(runner: web.AppRunner, settings: Settings, parts: Parts) -> Non
 
 
 def _greeting(parts: Parts, engine_process: EngineProcess | None) -> str:
-    behind = "vLLM (starting)" if engine_process else parts.upstream.base
+    behind = "vLLM (starting)" if engine_process else parts.upstreams.main.upstream.base
     return (
         f"lightning-proxy listens on {parts.base_url} before {behind}; "
         f"spans go to {parts.settings.store.db}\n"

@@ -1,6 +1,6 @@
-"""Whose call is it? Path, then headers, then key. No I/O.
+"""Whose call is it? What the path and the headers say. No I/O.
 
-The ways and their order are DESIGN section 4; what no way settles gets a rollout of its own, so
+``keys.Attributor`` has all the ways and their order. What no way settles gets a rollout of its own, so
 that nobody's rollout ever holds somebody else's call.
 """
 
@@ -10,10 +10,16 @@ import random
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+from multidict import istr
+
 from lightning_proxy.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from .lineage import Strand
 
 _PREFIX = re.compile(
     r"/(?:rollout|sessions)/(?P<rollout>[^/?]+)"
@@ -23,6 +29,7 @@ _PREFIX = re.compile(
 )
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,199}")
 _LONGEST_NUMBER = 10  # digits of an attempt
+_RETRY_COUNT = istr("X-Stainless-Retry-Count")
 KEY_PREFIX = "lp-"  # of the keys that Store.issue_key makes
 
 
@@ -35,6 +42,9 @@ class Attribution:
     role: str | None = None
     by: str = "none"
     confidence: float = 0.0
+    retry: int = 0  # which try of its client's SDK it is, beyond the first
+    # The conversation it is part of, where that had to be looked at.
+    strand: Strand | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,12 @@ def from_headers(headers: Mapping[str, str]) -> Attribution | None:
 def role_or_none(value: str | None) -> str | None:
     """A role that a header names; ``None`` where it cannot be one."""
     return value if value and _ID.fullmatch(value) else None
+
+
+def retry_of(headers: Mapping[str, str]) -> int:
+    """How often the client's SDK had tried this call before, as OpenAI's and Anthropic's SDKs say."""
+    count = headers.get(_RETRY_COUNT)
+    return int(count) if count is not None and count.isdecimal() and len(count) <= 4 else 0
 
 
 def parse_baggage(header: str) -> dict[str, str]:

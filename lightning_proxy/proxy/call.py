@@ -13,6 +13,7 @@ import orjson
 from lightning_proxy.store import Fidelity, Generation, Span
 
 from .attribution import Attribution
+from .redaction import answer_without_secrets, without_secrets
 from .sse import Event, SseParser
 from .wires import Prepared, Wire
 from .wires.base import CAPTURE_FAULTS, Collector, Json
@@ -34,10 +35,12 @@ class Call:
     """
 
     wire: Wire
-    body: bytes  # as the agent sent it
+    body: bytes  # as the agent sent it, without the encoding that it may have been sent in
     request: Json  # the same, parsed; {} where it is no JSON object
     prepared: Prepared
     attribution: Attribution
+    altered: bool = False  # what went to the engine is not what the agent sent
+    secrets: tuple[str, ...] = ()  # keys that came with the request: not to be stored
     policy: str | None = None
     policy_version: int | None = None
     started_at: float = field(default_factory=time.time)
@@ -59,22 +62,29 @@ class Call:
 
     def finish_stream(self) -> bytes:
         """The stream came to a clean end; return what is left of it."""
+        rest = self._collector.rest(self._events.rest())
         self.ended = True
-        return self._events.rest()
+        return rest
 
     def whole(self, body: bytes) -> bytes:
         """Take a whole answer; return it as the agent gets it."""
         self.first_byte_at = time.time()
+        try:
+            answer = self._whole(body)
+        except CAPTURE_FAULTS as error:
+            self.note_fault(error)
+            self._error_body = answer = body
         self.ended = True
+        return answer
+
+    def _whole(self, body: bytes) -> bytes:
         if self.status is not None and self.status >= 400:
             self._error_body = body
             return self._collector.refusal(body)
-        try:
-            return self._collector.whole(body)
-        except CAPTURE_FAULTS as error:
-            self._note_fault(error)
-            self._error_body = body
-            return body
+        answer = self._collector.whole(body)
+        if self._collector.status is not None:
+            self.status, self._error_body = self._collector.status, answer
+        return answer
 
     def _event(self, event: Event) -> bytes:
         if event.data is None:
@@ -82,7 +92,7 @@ class Call:
         try:
             piece = self._collector.event(event)
         except CAPTURE_FAULTS as error:
-            self._note_fault(error)
+            self.note_fault(error)
             return event.raw
         self.ended = self._collector.ended
         return piece
@@ -91,7 +101,8 @@ class Call:
     def _collector(self) -> Collector:
         return self.prepared.collector
 
-    def _note_fault(self, error: Exception) -> None:
+    def note_fault(self, error: Exception) -> None:
+        """Capture of this call went wrong: its span is incomplete."""
         if self.fault is None:
             self.fault = f"{type(error).__name__}: {error}"
             log.warning("capture of a %s call failed: %s", self.wire.name, self.fault)
@@ -103,13 +114,14 @@ class Call:
     ) -> Span:
         """The call as a span: a response, or an error where there is one."""
         if self._collector.fault is not None:
-            self._note_fault(self._collector.fault)
+            self.note_fault(self._collector.fault)
         if error_class is None:
             error_class, error = self._own_error()
         captured = None if error_class else self._unless_faulty(self._collector.captured)
         if captured is None and error_class is None:
             error_class, error = "capture_fault", self.fault
         attribution = self.attribution
+        strand = attribution.strand
         return Span(
             rollout_id=attribution.rollout_id,
             attempt=attribution.attempt,
@@ -128,13 +140,15 @@ class Call:
             policy=self.policy,
             policy_version=self.policy_version,
             policy_version_end=policy_version_end,
-            response=captured.response if captured else None,
+            response=answer_without_secrets(captured.response, self.secrets) if captured else None,
             response_id=captured.response_id if captured else None,
             usage=captured.usage if captured else None,
             generations=captured.generations if captured else self._generations(),
             fidelity=self._fidelity(captured.fidelity if captured else None),
             error_class=error_class,
-            error=error[:_LONGEST_ERROR] if error else None,
+            error=without_secrets(error, self.secrets)[:_LONGEST_ERROR] if error else None,
+            retry=attribution.retry,
+            conversation=None if strand is None else strand.ended(captured.response if captured else None),
         )
 
     def _generations(self) -> tuple[Generation, ...]:
@@ -144,7 +158,7 @@ class Call:
         try:
             return capture()
         except CAPTURE_FAULTS as error:
-            self._note_fault(error)
+            self.note_fault(error)
             return None
 
     def _fidelity(self, of_answer: Fidelity | None) -> Fidelity:

@@ -9,25 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 
 import aiohttp
-import orjson
-from aiohttp import StreamReader, hdrs, web
+from aiohttp import HttpVersion11, StreamReader, hdrs, web
 
 from lightning_proxy.store import Span
 
 from .attribution import SplitPath, split_path
 from .call import Call, parse_request
-from .engine import Engine
+from .encoded import EncodedAnswer
+from .encoding import decoded
 from .hold import Hold
 from .keys import Attributor
 from .metrics import Metrics
+from .problem import problem, unreachable
 from .recorder import Recorder
+from .redaction import secrets_of
 from .switch import Switch
-from .upstream import Upstream, response_headers
+from .tasks import Tasks
+from .upstream import read_out, reset_at_the_end, response_headers
+from .upstreams import Endpoint, Upstreams
+from .websocket import WebSockets, is_upgrade
 from .wires import Wire, wire_for
-from .wires.base import Untranslatable
+from .wires.base import Json, Untranslatable
 
 log = logging.getLogger(__name__)
 _SMALL_BODY = 2**20  # bytes
@@ -37,30 +45,38 @@ class UpstreamCut(Exception):
     """The upstream's answer ended before it was whole."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """A request's body."""
+
+    body: bytes  # as it came
+    plain: bytes  # without its content encoding; the same object where it has none
+    request: Json  # that, parsed; {} where it is no JSON object
+
+
 class Forwarder:
     """Takes every request that is not one of our own routes."""
 
     def __init__(
         self,
         *,
-        upstream: Upstream,
-        engine: Engine,
+        upstreams: Upstreams,
         hold: Hold,
         switch: Switch,
         attributor: Attributor,
         recorder: Recorder,
         metrics: Metrics,
-        capture: str,
+        tasks: Tasks,
         hold_timeout_s: float,
     ) -> None:
-        self._upstream = upstream
-        self._engine = engine
+        self._upstreams = upstreams
         self._hold = hold
         self._switch = switch
         self._attributor = attributor
         self._recorder = recorder
         self._metrics = metrics
-        self._capture = capture
+        self._tasks = tasks
+        self._websockets = WebSockets(upstreams.main.upstream, metrics, tasks)
         self._hold_timeout_s = hold_timeout_s
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -71,35 +87,48 @@ class Forwarder:
             # Where the engine broke off, the agent's connection is cut as ours was: a clean end
             # would pass a piece for the whole. Where the agent left, nobody is there to be told.
             log.info("a call broke off: %s", gone)
-            if request.transport is not None:
-                request.transport.abort()
+            _break_off(request)
             return web.Response()
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
-        if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
-            return problem(426, "upgrade_required", "no WebSocket here: use HTTP with server-sent events")
         split = split_path(request.raw_path)
-        if not await self._hold.passed(self._hold_timeout_s):
-            why = " and ".join(self._hold.reasons)
-            answer = problem(503, "held_too_long", f"the model did not become available in time: {why}")
-            answer.headers["Retry-After"] = "5"
-            return answer
+        if is_upgrade(request):
+            if (refusal := await self._held_too_long(self._upstreams.main)) is not None:
+                return refusal
+            return await self._websockets.handle(request, split.path)
         wire = wire_for(request.method, split.path.partition("?")[0])
         if wire is None:
             return await self._untouched(request, split)
         with self._recorder.call_under_way():
             return await self._captured(request, split, wire)
 
+    async def _held_too_long(self, endpoint: Endpoint) -> web.Response | None:
+        """Wait while the main endpoint cannot take calls; the refusal, where that took too long."""
+        if endpoint is not self._upstreams.main or await self._hold.passed(self._hold_timeout_s):
+            return None
+        why = " and ".join(self._hold.reasons)
+        answer = problem(503, "held_too_long", f"the model did not become available in time: {why}")
+        answer.headers["Retry-After"] = "5"
+        return answer
+
     # -- calls that we do not read -----------------------------------------------------------
 
     async def _untouched(self, request: web.Request, split: SplitPath) -> web.StreamResponse:
-        headers = self._upstream.request_headers(request.headers, captured=False)
         body = await _body_of(request)
+        # A body that is streamed is not looked into: its model cannot be told.
+        model = (
+            parse_request(body).get("model") if self._upstreams.others and isinstance(body, bytes) else None
+        )
+        endpoint = self._upstreams.of(model)
+        if (refusal := await self._held_too_long(endpoint)) is not None:
+            return refusal
+        upstream = endpoint.upstream
+        headers = upstream.request_headers(request.headers, captured=False)
         try:
-            answer = await self._upstream.open(request.method, split.path, headers, body)
+            answer = await upstream.open(request.method, split.path, headers, body)
         except (aiohttp.ClientError, TimeoutError) as error:
             self._metrics.calls.labels("other", "5xx").inc()
-            return self._unreachable(error)
+            return unreachable(upstream.base, error)
         async with answer:
             self._metrics.calls.labels("other", _status_class(answer.status)).inc()
             response = web.StreamResponse(
@@ -119,18 +148,25 @@ class Forwarder:
     # -- calls that we capture ---------------------------------------------------------------
 
     async def _captured(self, request: web.Request, split: SplitPath, wire: Wire) -> web.StreamResponse:
-        headers = self._upstream.request_headers(request.headers, captured=True)
-        call = await self._begin(request, split, wire, headers)
+        received = await self._receive(request)
+        endpoint = self._upstreams.of(received.request.get("model"))
+        if (refusal := await self._held_too_long(endpoint)) is not None:
+            return refusal
+        upstream = endpoint.upstream
+        headers = upstream.request_headers(request.headers, captured=True)
+        call = await self._begin(request, split, wire, received, endpoint, headers)
         try:
             try:
                 path = _redirected(split.path, call.prepared.path)
-                answer = await self._upstream.open(request.method, path, headers, call.prepared.body)
+                answer = await upstream.open(request.method, path, headers, call.prepared.body)
             except (aiohttp.ClientError, TimeoutError) as error:
                 call.status = 502
                 await self._commit(call, "upstream_unreachable", str(error))
-                return self._unreachable(error)
-            async with answer:
+                return unreachable(upstream.base, error)
+            try:
                 return await self._relay(request, answer, call)
+            finally:
+                self._let_go(answer, call)
         except (UpstreamCut, Untranslatable) as cut:
             if not call.ended:
                 self._submit(call, "cut_stream", str(cut))
@@ -141,28 +177,46 @@ class Forwarder:
                 self._submit(call, error_class, repr(gone))
             raise
 
-    async def _begin(
-        self, request: web.Request, split: SplitPath, wire: Wire, headers: Mapping[str, str]
-    ) -> Call:
+    async def _receive(self, request: web.Request) -> _Received:
         body = await request.read()
-        encoded = hdrs.CONTENT_ENCODING in request.headers
-        parsed = {} if encoded else parse_request(body)
-        prepared = wire.prepare(body, parsed, tokens=bool(parsed) and await self._asks_for_tokens(headers))
-        policy, version = self._switch.policy_of(parsed.get("model"))
+        if hdrs.CONTENT_ENCODING not in request.headers:
+            return _Received(body, body, parse_request(body))
+        plain = await asyncio.to_thread(_plain, request, body)
+        return _Received(body, plain, parse_request(plain))
+
+    async def _begin(
+        self,
+        request: web.Request,
+        split: SplitPath,
+        wire: Wire,
+        received: _Received,
+        endpoint: Endpoint,
+        headers: Mapping[str, str],
+    ) -> Call:
+        # An encoded body goes on as it came, for not every engine decodes: so nothing can be asked for.
+        may_ask = bool(received.request) and received.plain is received.body
+        tokens = may_ask and await endpoint.gives_tokens(headers)
+        prepared = wire.prepare(received.body, received.request, tokens=tokens)
+        policy, version = None, None
+        if endpoint is self._upstreams.main:
+            policy, version = self._switch.policy_of(received.request.get("model"))
         return Call(
             wire=wire,
-            body=body,
-            request=parsed,
+            body=received.plain,
+            request=received.request,
             prepared=prepared,
-            attribution=await self._attributor.attribute(split.attribution, request.headers),
+            altered=prepared.body is not received.body or prepared.path is not None,
+            secrets=secrets_of(request.headers, endpoint.upstream.key),
+            attribution=await self._attributor.attribute(
+                split.attribution,
+                request.headers,
+                wire=wire.name,
+                request=received.request,
+                body=received.plain,
+            ),
             policy=policy,
             policy_version=version,
         )
-
-    async def _asks_for_tokens(self, headers: Mapping[str, str]) -> bool:
-        if self._capture == "auto":
-            return bool(await self._engine.is_vllm(headers))
-        return self._capture == "tokens"
 
     async def _relay(
         self, request: web.Request, answer: aiohttp.ClientResponse, call: Call
@@ -170,21 +224,26 @@ class Forwarder:
         call.status = answer.status
         call.streamed = answer.content_type == "text/event-stream" and answer.status < 400
         headers = response_headers(answer.headers, rewritten=True)
+        taker: Call | EncodedAnswer = call
+        if hdrs.CONTENT_ENCODING in headers:
+            taker = EncodedAnswer(call, headers)
         if not call.streamed:
-            body = call.whole(b"".join([chunk async for chunk in _chunks(answer)]))
+            body = taker.whole(b"".join([chunk async for chunk in _chunks(answer)]))
             await self._commit(call)
-            return web.Response(status=answer.status, reason=answer.reason, headers=headers, body=body)
+            status = call.status  # a translation may have changed it
+            reason = answer.reason if status == answer.status else None
+            return web.Response(status=status, reason=reason, headers=headers, body=body)
         response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
         await response.prepare(request)
         committed = False
         async for chunk in _chunks(answer):
-            piece = call.feed(chunk)
+            piece = taker.feed(chunk)
             if call.ended and not committed:
                 committed = True
                 await self._commit(call)
             if piece:
                 await response.write(piece)
-        rest = call.finish_stream()
+        rest = taker.finish_stream()
         if not committed:
             await self._commit(call)
         if rest:
@@ -208,18 +267,22 @@ class Forwarder:
         self._count(call, span)
         self._recorder.submit(span)
 
+    def _let_go(self, answer: aiohttp.ClientResponse, call: Call) -> None:
+        """Give the connection back. An answer that is not at its end is broken off, so that the
+        engine stops; one that has said its last word is read out, whoever has left meanwhile.
+        """
+        if call.ended and not answer.content.at_eof():
+            self._tasks.spawn("the rest of an answer", read_out(answer))
+        else:
+            answer.release()
+
     def _count(self, call: Call, span: Span) -> None:
         self._metrics.count_call(call.wire.name, _status_class(call.status), span.ended_at - span.started_at)
         if span.error_class is not None:
             self._metrics.upstream_errors.labels(span.error_class).inc()
         if call.fault is not None:
             self._metrics.capture_faults.labels("unreadable_answer").inc()
-
-    def _unreachable(self, error: Exception) -> web.Response:
-        log.warning("upstream %s is not reachable: %r", self._upstream.base, error)
-        return problem(
-            502, "upstream_unreachable", f"the model endpoint {self._upstream.base} did not answer: {error}"
-        )
+            self._recorder.mark_incomplete(span.rollout_id, f"a call could not be read: {call.fault}")
 
 
 async def _chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
@@ -229,11 +292,19 @@ async def _chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
             yield chunk
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
         raise UpstreamCut(repr(error)) from error
+    if (reset := reset_at_the_end(answer)) is not None:
+        raise UpstreamCut(repr(reset))
 
 
 def _redirected(path_and_query: str, path: str | None) -> str:
     """Where a call goes: to the agent's own path, or to the one that its translation speaks."""
     return path_and_query if path is None else path
+
+
+def _plain(request: web.Request, body: bytes) -> bytes:
+    """A body without its encoding, or as it is where that cannot be undone. Blocks while it computes."""
+    plain = decoded(body, request.headers[hdrs.CONTENT_ENCODING], request.client_max_size)
+    return body if plain is None else plain
 
 
 async def _body_of(request: web.Request) -> bytes | StreamReader | None:
@@ -244,16 +315,22 @@ async def _body_of(request: web.Request) -> bytes | StreamReader | None:
     return await request.read() if length is not None and length <= _SMALL_BODY else request.content
 
 
+def _break_off(request: web.Request) -> None:
+    """End the agent's connection so that the answer under way is seen to be cut, after what came of it."""
+    transport = request.transport
+    if transport is None:
+        return
+    if request.version < HttpVersion11 and (sock := transport.get_extra_info("socket")) is not None:
+        # An answer to HTTP/1.0 ends with the connection: only a reset tells a cut from an end.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
+    else:
+        transport.close()
+
+
 def _agent_left(error: BaseException) -> bool:
     return isinstance(error, (ConnectionError, asyncio.CancelledError))
 
 
 def _status_class(status: int | None) -> str:
     return "none" if status is None else f"{status // 100}xx"
-
-
-def problem(status: int, code: str, message: str) -> web.Response:
-    """An error of our own, in the shape that OpenAI's clients read."""
-    body = orjson.dumps({"error": {"message": message, "type": "lightning_proxy_error", "param": None,
-                                   "code": code}})  # fmt: skip
-    return web.Response(status=status, body=body, content_type="application/json")

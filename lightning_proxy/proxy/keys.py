@@ -1,39 +1,92 @@
-"""Attribution by key, and the order in which the ways of attribution apply."""
+"""The ways of attribution in their order, and the keys among them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from lightning_proxy.errors import StoreError
-from lightning_proxy.store import KeyOwner
+from lightning_proxy.store import ConversationEnd, KeyOwner
 
-from .attribution import KEY_PREFIX, Attribution, api_keys, from_headers, own_rollout, role_or_none
+from .attribution import KEY_PREFIX, Attribution, api_keys, from_headers, retry_of, role_or_none
+from .conversation import Json
+from .lineage import Lineage
+from .native_ids import from_native_ids
+from .roles import Roles
 
 log = logging.getLogger(__name__)
 _REMEMBERED = 10_000
+_MOST_POINTS = 64  # of a conversation that are looked for in the store, the latest ones
+_NOTHING: Json = {}
+
+FindEnds = Callable[[Sequence[bytes], Sequence[str]], Sequence[ConversationEnd]]
 
 
 class Attributor:
-    """Path, then headers, then key; else a rollout of its own.
+    """Path, headers, key, the agent's own ids, the conversation; else a rollout of its own.
 
-    ``look_up`` finds a key's owner in the store (blocking; called off the loop, once per key).
+    ``look_up`` finds a key's owner in the store (blocking; called off the loop, once per key), and
+    ``find_ends`` the calls in which conversations with these digests or response ids ended (likewise;
+    where this process does not remember them).
     """
 
-    def __init__(self, look_up: Callable[[str], KeyOwner | None]) -> None:
+    def __init__(
+        self,
+        look_up: Callable[[str], KeyOwner | None],
+        find_ends: FindEnds = lambda digests, response_ids: (),
+        roles: Roles | None = None,
+    ) -> None:
         self._look_up = look_up
+        self._find_ends = find_ends
+        self._roles = roles or Roles()
+        self._lineage = Lineage()
         self._owners: OrderedDict[str, KeyOwner] = OrderedDict()
+        self._nowhere: OrderedDict[bytes, None] = OrderedDict()  # histories that the store does not have
 
-    async def attribute(self, by_path: Attribution | None, headers: Mapping[str, str]) -> Attribution:
+    async def attribute(
+        self,
+        by_path: Attribution | None,
+        headers: Mapping[str, str],
+        *,
+        wire: str = "",
+        request: Json = _NOTHING,
+        body: bytes = b"",
+    ) -> Attribution:
         """Whose call it is. A store in trouble is no reason to fail: the call stands alone then."""
+        retry = retry_of(headers)
         found = by_path or from_headers(headers)
         if found is None:
-            found = await self._by_key(headers) or own_rollout()
-        role = role_or_none(headers.get("X-Role"))
-        return replace(found, role=role) if role and found.role is None else found
+            found = await self._by_key(headers) or from_native_ids(headers, request)
+        if found is None:
+            found = await self._by_conversation(wire, request, body, retry)
+        role = found.role or role_or_none(headers.get("X-Role")) or self._roles.role_of(wire, request)
+        if role == found.role and retry == found.retry:
+            return found
+        return replace(found, role=role, retry=retry)
+
+    async def _by_conversation(self, wire: str, request: Json, body: bytes, retry: int) -> Attribution:
+        lineage = self._lineage
+        place = lineage.place_of(wire, request)
+        if lineage.needs_store(place):
+            digests = [digest for digest, _ in reversed(place.points)][:_MOST_POINTS]
+            if place.references or digests[0] not in self._nowhere:
+                lineage.learn(wire, await self._ends(digests, place.references[:_MOST_POINTS]))
+        return lineage.begin(wire, body, place, retry)
+
+    async def _ends(self, digests: Sequence[bytes], references: Sequence[str]) -> Sequence[ConversationEnd]:
+        try:
+            ends = await asyncio.to_thread(self._find_ends, digests, references)
+        except StoreError as error:
+            log.warning("a conversation could not be looked up: %s", error)
+            return ()
+        if not ends and digests:
+            self._nowhere[digests[0]] = None
+            if len(self._nowhere) > _REMEMBERED:
+                self._nowhere.popitem(last=False)
+        return ends
 
     async def _by_key(self, headers: Mapping[str, str]) -> Attribution | None:
         for key in api_keys(headers):

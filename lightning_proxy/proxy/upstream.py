@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
@@ -21,11 +24,50 @@ _HOP_BY_HOP = frozenset(
 )  # fmt: skip
 _OUR_OWN = frozenset(("x-rollout-id", "x-attempt", "x-role"))
 _AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+# Where an upstream sends none of these, the agent gets none either: aiohttp's server would add them.
+_NOT_ADDED = ("Content-Type", "Server")
 
 # uvicorn, vLLM's server, closes idle connections after 5 s, and at once after a pause: a pooled
 # connection is dropped well before that.
 _IDLE_S = 2.0
 _LARGE_BODY = 2**20  # bytes; aiohttp warns of larger ones in one piece
+
+_connected: ContextVar[bool] = ContextVar("connected", default=False)
+
+
+class _Telling(aiohttp.BaseConnector):
+    """Tells whether the request under way got a connection of its own, or one from the pool."""
+
+    async def _create_connection(self, *args: Any, **kwargs: Any) -> Any:
+        _connected.set(True)
+        return await super()._create_connection(*args, **kwargs)
+
+
+class _Connector(_Telling, aiohttp.TCPConnector):
+    """Over TCP."""
+
+
+class _UnixConnector(_Telling, aiohttp.UnixConnector):
+    """To a Unix socket."""
+
+
+class _Every(set[str]):
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+class _Request(aiohttp.ClientRequest):
+    """A request without a body says nothing of its length, whatever its method."""
+
+    GET_METHODS = _Every()
+
+
+class _Response(aiohttp.ClientResponse):
+    """A response that still knows its connection when its body is over."""
+
+    async def start(self, connection: Any) -> aiohttp.ClientResponse:
+        self.arrived_on = connection.protocol
+        return await super().start(connection)
 
 
 class Upstream:
@@ -35,14 +77,21 @@ class Upstream:
         if not base.startswith(("http://", "https://")):
             raise ConfigError(f"upstream {base!r} is no URL: it should look like http://127.0.0.1:8000/v1")
         self.base = base.rstrip("/")
-        self._key = key
+        self.key = key
         self._token = token
         self._session: aiohttp.ClientSession | None = None
 
-    async def start(self) -> None:
-        """Open the connection pool."""
+    async def start(self, socket: Path | None = None) -> None:
+        """Open the connection pool: over TCP, or to a Unix socket."""
+        connector = (
+            _Connector(limit=0, keepalive_timeout=_IDLE_S)
+            if socket is None
+            else _UnixConnector(str(socket), limit=0, keepalive_timeout=_IDLE_S)
+        )
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
+            connector=connector,
+            request_class=_Request,
+            response_class=_Response,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
@@ -68,14 +117,15 @@ class Upstream:
         """Send a request; return once the response's headers are there.
 
         A connection that the engine closed while it lay in the pool fails before a byte comes
-        back: that one case is tried again, once. Raises aiohttp.ClientError.
+        back: that one case is tried again, once. A connection that was made for this request and
+        breaks is the answer that the agent would have got. Raises aiohttp.ClientError.
         """
         url = self.url(path_and_query)
+        _connected.set(False)
         try:
             return await self._request(method, url, headers, body)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            repeatable = body is None or isinstance(body, bytes)
-            if not repeatable or isinstance(error, aiohttp.ClientConnectorError):
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if _connected.get() or not (body is None or isinstance(body, bytes)):
                 raise
             return await self._request(method, url, headers, body)
 
@@ -91,6 +141,7 @@ class Upstream:
         """What of an agent's headers goes to the upstream."""
         kept = _end_to_end(headers)
         kept.popall("Host", None)
+        kept.popall("Expect", None)  # the agent was told to go on by us
         for name in _OUR_OWN:
             kept.popall(name, None)
         if captured:
@@ -105,12 +156,37 @@ class Upstream:
         as_x_api_key = "x-api-key" in headers
         for name in ("Authorization", "x-api-key"):
             keys = api_keys({name: headers[name]}) if name in headers else []
-            if self._key is not None or any(key.startswith(KEY_PREFIX) or key == self._token for key in keys):
+            if self.key is not None or any(key.startswith(KEY_PREFIX) or key == self._token for key in keys):
                 headers.popall(name, None)
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
             if as_x_api_key:
-                headers["x-api-key"] = self._key
+                headers["x-api-key"] = self.key
+
+
+def reset_at_the_end(answer: aiohttp.ClientResponse) -> OSError | None:
+    """The reset that ended a body which only the end of its connection delimits, if one did.
+
+    aiohttp takes any end of the connection for the end of such a body.
+    """
+    if "Content-Length" in answer.headers or "Transfer-Encoding" in answer.headers:
+        return None
+    if answer.status in (204, 304) or answer.method == "HEAD":
+        return None
+    assert isinstance(answer, _Response)
+    error = answer.arrived_on.exception()
+    return error if isinstance(error, OSError) else None
+
+
+async def read_out(answer: aiohttp.ClientResponse) -> None:
+    """Read what is left of an answer that nobody waits for, and give its connection back."""
+    try:
+        async for _ in answer.content.iter_any():
+            pass
+    except (aiohttp.ClientError, ConnectionError, TimeoutError):
+        pass  # it broke off after its last word: nothing is missing
+    finally:
+        answer.release()
 
 
 def response_headers(headers: CIMultiDictProxy[str], *, rewritten: bool) -> CIMultiDict[str]:
@@ -118,7 +194,17 @@ def response_headers(headers: CIMultiDictProxy[str], *, rewritten: bool) -> CIMu
     kept = _end_to_end(headers)
     if rewritten:
         kept.popall("Content-Length", None)
+    for name in _NOT_ADDED:
+        kept.setdefault(name, "")
     return kept
+
+
+async def only_the_upstreams(_: web.Request, response: web.StreamResponse) -> None:
+    """Before the headers of an answer go out: take out what ``response_headers`` has left empty."""
+    headers = response.headers
+    for name in _NOT_ADDED:
+        if headers.get(name) == "":
+            del headers[name]
 
 
 def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

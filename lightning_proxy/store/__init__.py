@@ -22,6 +22,7 @@ from lightning_proxy.store.json_view import as_json
 from lightning_proxy.store.records import (
     Attempt,
     Backlog,
+    ConversationEnd,
     Fidelity,
     Generation,
     KeyOwner,
@@ -42,6 +43,7 @@ from lightning_proxy.store.writer import Writer
 __all__ = [
     "Attempt",
     "Backlog",
+    "ConversationEnd",
     "Fidelity",
     "Generation",
     "KeyOwner",

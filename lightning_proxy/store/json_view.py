@@ -14,8 +14,8 @@ _JSON_BLOBS = frozenset({"request", "response"})
 def as_json(record: Any, *, leave_out: frozenset[str] = frozenset()) -> Any:
     """Turn a record (or a list, tuple or mapping of records) into JSON-able values.
 
-    Token ids and logprobs become lists; the stored JSON bodies of a span become values again, or
-    text where they are no JSON. ``leave_out`` names fields to skip at every level.
+    Token ids and logprobs become lists, a digest its hex digits; the stored JSON bodies of a span
+    become values again, or text where they are no JSON. ``leave_out`` names fields to skip at every level.
     """
     if is_dataclass(record) and not isinstance(record, type):
         return {
@@ -28,6 +28,8 @@ def as_json(record: Any, *, leave_out: frozenset[str] = frozenset()) -> Any:
         }
     if isinstance(record, array):
         return record.tolist()
+    if isinstance(record, bytes):
+        return record.hex()
     if isinstance(record, (list, tuple)):
         return [as_json(item, leave_out=leave_out) for item in record]
     if isinstance(record, dict):

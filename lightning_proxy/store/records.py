@@ -84,7 +84,7 @@ class Span:
     policy: str | None = None  # None: the call did not go to a trainable policy
     policy_version: int | None = None  # when the call was sent to the engine
     policy_version_end: int | None = None  # when its last token was made
-    attributed_by: str = "none"  # path, header, key, none
+    attributed_by: str = "none"  # path, header, key, conversation, none ...: docs/attribution.md has them
     attribution_confidence: float = 0.0
     first_byte_at: float | None = None
     streamed: bool = False
@@ -96,6 +96,9 @@ class Span:
     usage: Mapping[str, Any] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)  # temperature, top_p, ...
     generations: tuple[Generation, ...] = ()
+    retry: int = 0  # tries of the same call before this one, as the client's SDK says
+    # Digest of messages and reply, where the conversation may be needed to attribute a later call.
+    conversation: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +194,17 @@ class KeyOwner:
     rollout_id: str
     attempt: int
     role: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationEnd:
+    """A call with which a conversation ended, so far: what the next one may go on from."""
+
+    rollout_id: str
+    attempt: int
+    conversation: bytes | None
+    response: bytes
+    extended: bool  # a later call of the rollout ended well
 
 
 @dataclass(frozen=True, slots=True)

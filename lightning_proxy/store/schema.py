@@ -144,6 +144,14 @@ def first_schema(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def retries_and_conversations(db: Database) -> None:
+    """Which try a span is, and by which digest its conversation is found again."""
+    db.execute("ALTER TABLE spans ADD COLUMN retry INTEGER NOT NULL DEFAULT 0")
+    db.execute("ALTER TABLE spans ADD COLUMN conversation BLOB")  # 16 bytes; see proxy/conversation.py
+    db.execute("CREATE INDEX spans_by_conversation ON spans (conversation) WHERE conversation IS NOT NULL")
+
+
 def _statements(script: str) -> list[str]:
     """Split a script on ';' at line end, so that it can run inside the migration's transaction."""
     parts = [part.strip() for part in script.split(";\n")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -12,7 +12,7 @@ import orjson
 from lightning_proxy.errors import UnknownTarget
 from lightning_proxy.store.connection import translated
 from lightning_proxy.store.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
-from lightning_proxy.store.records import Fidelity, Generation, Span
+from lightning_proxy.store.records import ConversationEnd, Fidelity, Generation, Span
 from lightning_proxy.store.rollouts import Rollouts, encode
 
 # Constant texts, so that SQLite's statements stay prepared in the connection's cache.
@@ -20,13 +20,24 @@ _ADD_SPAN = """
 INSERT INTO spans (
   rollout_id, attempt, role, wire, model, policy, policy_version, policy_version_end,
   attributed_by, attribution_confidence, started_at, first_byte_at, ended_at, streamed, status,
-  response_id, fidelity, error_class, error, usage, sampling, request, response
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+  response_id, fidelity, error_class, error, usage, sampling, request, response, retry, conversation
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _ADD_GENERATION = """
 INSERT INTO generations (span_id, choice, finish_reason, prompt_token_ids, response_token_ids, logprobs)
 VALUES (?, ?, ?, ?, ?, ?)"""
 _GENERATIONS = """
 SELECT * FROM generations WHERE span_id IN (SELECT value FROM json_each(?)) ORDER BY span_id, choice"""
+
+
+_ENDS = """
+SELECT rollout_id, attempt, conversation, response, EXISTS (
+  SELECT 1 FROM spans AS later WHERE later.rollout_id = ends.rollout_id
+    AND later.attempt = ends.attempt AND later.span_id > ends.span_id AND later.error_class IS NULL
+) AS extended
+FROM spans AS ends WHERE {} = ? AND response IS NOT NULL ORDER BY span_id DESC LIMIT ?"""
+_ENDS_BY_CONVERSATION = _ENDS.format("conversation")
+_ENDS_BY_RESPONSE = _ENDS.format("response_id")
+_MOST_ENDS = 16  # rollouts with the same history that are told apart; the newest
 
 
 class Spans(Rollouts):
@@ -85,6 +96,8 @@ class Spans(Rollouts):
                 encode(span.sampling) if span.sampling else "{}",
                 span.request,
                 span.response,
+                span.retry,
+                span.conversation,
             ),
         ).lastrowid
         assert span_id is not None  # an INSERT into a table with a rowid has one
@@ -132,6 +145,28 @@ class Spans(Rollouts):
                 (rollout_id, attempt),
             )
         )
+
+    def recent_requests(self, limit: int) -> Iterator[tuple[str, str | None, str, bytes]]:
+        """``(rollout id, role, wire, request)`` of the newest spans, newest first, one at a time."""
+        sql = "SELECT rollout_id, role, wire, request FROM spans ORDER BY span_id DESC LIMIT ?"
+        for row in self.connection.execute(sql, (limit,)):
+            yield tuple(row)
+
+    def conversation_ends(
+        self, digests: Sequence[bytes], response_ids: Sequence[str] = ()
+    ) -> tuple[ConversationEnd, ...]:
+        """The calls that a next one may go on from, oldest first.
+
+        By the first of the response ids that is known, else by the first such digest.
+        """
+        for sql, keys in ((_ENDS_BY_RESPONSE, response_ids), (_ENDS_BY_CONVERSATION, digests)):
+            for key in keys:
+                if rows := self.rows(sql, (key, _MOST_ENDS)):
+                    return tuple(
+                        ConversationEnd(**{**dict(row), "extended": bool(row["extended"])})
+                        for row in reversed(rows)
+                    )
+        return ()
 
     def _spans(self, sql: str, parameters: Sequence[Any]) -> list[Span]:
         rows = self.rows(sql, parameters)

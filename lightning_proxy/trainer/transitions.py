@@ -21,6 +21,7 @@ class Reason(StrEnum):
     GROUP_TOO_SMALL = "group_too_small"  # rollouts: nothing to compare them with
     GROUP_ALL_EQUAL = "group_all_equal"  # rollouts: the group's returns do not differ: no gradient
     ERROR = "error"  # calls that ended in an error
+    SUPERSEDED = "superseded"  # calls whose answer the agent's SDK did not get, and tried again
     OTHER_POLICY = "other_policy"  # calls to another model
     NOT_EXACT = "not_exact"  # calls without the engine's own token ids
     NO_LOGPROBS = "no_logprobs"  # generations without a finite logprob for every token
@@ -124,8 +125,9 @@ def transitions_of(
 ) -> tuple[Transition, ...]:
     """One transition per generation that the policy made, in order of time."""
     made: list[Transition] = []
+    unseen = superseded(recorded.spans)
     for position, span in enumerate(recorded.spans):
-        if reason := _why_not_span(span, policy):
+        if reason := Reason.SUPERSEDED if position in unseen else _why_not_span(span, policy):
             left_out.calls[reason] += 1
             continue
         for choice, generation in enumerate(span.generations):
@@ -143,10 +145,36 @@ def transitions_of(
                     prompt_ids=generation.prompt_token_ids,
                     response_ids=generation.response_token_ids,
                     logprobs=generation.logprobs,
-                    next_prompt_ids=_next_prompt(recorded.spans[position + 1 :], policy),
+                    next_prompt_ids=_next_prompt(recorded.spans, position + 1, unseen, policy),
                 )
             )
     return tuple(made)
+
+
+def superseded(spans: Sequence[Span]) -> frozenset[int]:
+    """Positions of the calls that ended well but were tried again: the agent never saw their answers.
+
+    A span marked as retry ``k`` repeats an earlier one with the same request that is retry ``k - 1``
+    (where that never reached us, the nearest before it). Of several such, equal but for the answer, it
+    is one that failed, for a failure is what SDKs repeat; else the one that ended last. What failed is
+    no transition anyway, and counts as the error that it is.
+    """
+    repeated: set[int] = set()
+    for position, span in enumerate(spans):
+        if not span.retry:
+            continue
+        earlier = [
+            index
+            for index, other in enumerate(spans[:position])
+            if index not in repeated and other.retry < span.retry and other.request == span.request
+        ]
+        if earlier:
+            repeated.add(max(earlier, key=lambda i: _likeliest_before(spans[i])))
+    return frozenset(index for index in repeated if spans[index].error_class is None)
+
+
+def _likeliest_before(span: Span) -> tuple[int, bool, float]:
+    return span.retry, span.error_class is not None, span.ended_at
 
 
 def _why_not_span(span: Span, policy: str) -> Reason | None:
@@ -170,8 +198,9 @@ def _why_not_generation(generation: Generation, max_tokens: int) -> Reason | Non
     return None
 
 
-def _next_prompt(later: Sequence[Span], policy: str) -> array[int] | None:
-    for span in later:
-        if span.policy == policy and span.generations:
+def _next_prompt(spans: Sequence[Span], start: int, unseen: frozenset[int], policy: str) -> array[int] | None:
+    for position in range(start, len(spans)):
+        span = spans[position]
+        if position not in unseen and span.policy == policy and span.generations:
             return span.generations[0].prompt_token_ids
     return None

@@ -192,3 +192,41 @@ def test_settings_import_without_anything_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+UPSTREAMS = """
+[[upstreams]]
+models = ["gpt-*", "o3"]
+url = "https://api.openai.com/v1/"
+api_key_env = "THEIR_KEY"
+
+[[upstreams]]
+models = ["claude-*"]
+provider = "anthropic"
+"""
+
+
+def test_there_may_be_several_upstreams_and_their_order_is_the_files() -> None:
+    toml(UPSTREAMS)
+    first, second = load_settings(env={}).upstreams
+    assert (first.url, first.models, first.api_key_env) == (
+        "https://api.openai.com/v1",
+        ("gpt-*", "o3"),
+        "THEIR_KEY",
+    )
+    assert (second.url, second.provider, second.models) == (None, "anthropic", ("claude-*",))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models = ['x']\n", "the upstream for x has neither url nor provider"),
+        ("url = 'http://x/v1'\n", "[[upstreams]] number 1 in lightning.toml, line 1: models is missing"),
+        ("models = []\nurl = 'http://x/v1'\n", "models is []; allowed: a list of texts"),
+        ("models = ['x']\nurl = 'x'\n", "url is 'x'; allowed: a text"),
+        ("model = ['x']\n", "unknown setting model; there are models, url"),
+        ("models = ['x']\nprovider = 'p'\napi_key_env = 'A'\napi_key_file = 'b'\n", "keep one"),
+    ],
+)
+def test_an_upstream_that_cannot_be_is_refused_by_name(text: str, said: str) -> None:
+    assert said in refusal(f"[[upstreams]]\n{text}")

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index as as_index
 from pathlib import Path
 from struct import pack
 from typing import Any
@@ -80,7 +81,7 @@ class Model:
         if "messages" in body:
             return self._chat_prompt(body["messages"], body.get("tools"))
         prompt = body.get("prompt", "")
-        return self.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        return self.encode(prompt) if isinstance(prompt, str) else tuple(map(as_index, prompt))
 
     def generate(
         self,

@@ -1,7 +1,8 @@
 """The fake vLLM's routes.
 
-Routes of vLLM 0.31: ``/v1/models``, ``/v1/chat/completions``, ``/v1/completions``, ``/health``,
-``/version``, ``/pause``, ``/resume``, ``/collective_rpc`` (reload_weights), ``/reset_prefix_cache``.
+Routes of vLLM 0.31: ``/v1/models``, ``/v1/chat/completions``, ``/v1/completions``, ``/v1/messages``,
+``/v1/messages/count_tokens``, ``/health``, ``/version``, ``/pause``, ``/resume``, ``/collective_rpc``
+(reload_weights), ``/reset_prefix_cache``.
 Routes of its own: ``/_script`` (POST, DELETE), ``/_requests`` (GET, DELETE), ``/_drop_idle`` (POST).
 Anything else is echoed: body and content headers as they came, method and target as headers.
 """
@@ -19,14 +20,15 @@ from uuid import uuid4
 
 import orjson
 
-from tests.engine import shapes
+from tests.engine import messages, shapes
 from tests.engine.connection import Connection, Request, chunk_of, head_of
 from tests.engine.model import Model, Reply, weights_of
 from tests.engine.rules import Rule
 from tests.engine.script import HEADER, Script
 
 PLAIN = Script()
-MODEL_CALLS = ("/v1/chat/completions", "/v1/completions")
+MESSAGES = "/v1/messages"
+MODEL_CALLS = ("/v1/chat/completions", "/v1/completions", MESSAGES)
 _ID = "0123456789abcdef" * 2  # stands in a prepared answer until the answer goes out
 _CREATED = 1_700_000_000
 KEPT_REQUESTS = 10_000
@@ -67,6 +69,7 @@ class FakeEngine:
         self._server: asyncio.Server | None = None
         self._control: dict[tuple[str, str], Callable[[Request, Connection], Coroutine[Any, Any, None]]] = {
             ("GET", "/v1/models"): self._models,
+            ("POST", "/v1/messages/count_tokens"): self._count_tokens,
             ("GET", "/health"): self._health,
             ("GET", "/version"): self._version,
             ("POST", "/pause"): self._pause,
@@ -151,12 +154,20 @@ class FakeEngine:
         except ValueError as error:
             await connection.answer_json(400, shapes.error(400, f"{error}", "Bad Request"))
             return
-        refusal = self._refusal(body)
+        refusal = self._refusal(request.path, body)
         if refusal is not None:
-            await connection.answer_json(refusal["error"]["code"], refusal)
+            await connection.answer_json(*refusal)
             return
         if self.poisoned:
             self.on_death()
+            return
+        try:
+            if body.get("stream"):
+                self._events(request, script, [])
+            else:
+                _whole_answer(request.path, request.body, script, self.model, (), self.name)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            await connection.answer_json(400, shapes.error(400, f"{type(error).__name__}: {error}"))
             return
         if not self._running.is_set():
             await connection.wait(self._running.wait())
@@ -169,12 +180,15 @@ class FakeEngine:
         finally:
             self._busy -= 1
 
-    def _refusal(self, body: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
         if self.refuse_token_ids and "return_token_ids" in body:
-            return shapes.error(400, "Unrecognized request argument supplied: return_token_ids")
+            return 400, shapes.error(400, "Unrecognized request argument supplied: return_token_ids")
+        if path == MESSAGES and type(body.get("max_tokens")) is not int:
+            return 400, shapes.error(400, "1 validation error:\n  max_tokens", "Bad Request")
         wanted = body.get("model")
         if wanted is not None and wanted != self.name:
-            return shapes.error(404, f"The model `{wanted}` does not exist.", "NotFoundError")
+            why, kind = f"The model `{wanted}` does not exist.", "NotFoundError"
+            return 404, messages.error(why, kind) if path == MESSAGES else shapes.error(404, why, kind)
         return None
 
     async def _whole(self, request: Request, connection: Connection, script: Script) -> None:
@@ -194,6 +208,7 @@ class FakeEngine:
         switches: list[tuple[int, int]] = []
         events = self._events(request, script, switches)
         out = _Pieces(connection, script)
+        done = b"" if script.without_done else _done(request.path)
         async for i in self._paced(connection, script, len(events)):
             if self._note_switch(switches, i - 1):  # event 0 names the role, event k is token k
                 events = self._events(request, script, switches)
@@ -201,16 +216,17 @@ class FakeEngine:
                 await out.cut()
                 return
             if script.error_after == i:
-                await out.event(shapes.sse(shapes.error(500, "the engine failed", "InternalServerError")))
+                await out.event(_failure(request.path, "the engine failed"))
+                done = b"" if request.path == MESSAGES else done
                 break
             await out.event(events[i].replace(mark, answer_id, 1))
             if script.garbage and i == 1:
                 await out.event(b'data: {"choices": [{"delta"\n\n')
-            if self._aborting():
+            if self._aborting() and request.path != MESSAGES:
                 await out.event(shapes.sse(shapes.aborted(events[0])).replace(mark, answer_id, 1))
                 break
-        if not script.without_done:
-            await out.event(b"data: [DONE]\n\n")
+        if done:
+            await out.event(done)
         await out.end()
 
     def _aborting(self) -> bool:
@@ -237,7 +253,7 @@ class FakeEngine:
         return True
 
     def _reply(self, request: Request, script: Script, switches: tuple[tuple[int, int], ...]) -> Reply:
-        return _reply(request.body, script, self.model, switches)
+        return _reply(request.path, request.body, script, self.model, switches)
 
     def _events(self, request: Request, script: Script, switches: list[tuple[int, int]]) -> tuple[bytes, ...]:
         return _stream_events(request.path, request.body, script, self.model, tuple(switches), self.name)
@@ -274,6 +290,11 @@ class FakeEngine:
 
     async def _models(self, request: Request, connection: Connection) -> None:
         await connection.answer_json(200, shapes.models(self.name, self.owner, self.root))
+
+    async def _count_tokens(self, request: Request, connection: Connection) -> None:
+        read = len(self.model.prompt_ids(messages.as_chat(request.json)))
+        counted = {"input_tokens": read, "context_management": {"original_input_tokens": read}}
+        await connection.answer_json(200, counted)
 
     async def _health(self, request: Request, connection: Connection) -> None:
         await connection.answer(200, b"")
@@ -394,7 +415,23 @@ def _fresh_id(path: str) -> bytes:
 
 
 def _head(path: str, name: str) -> shapes.Head:
-    return shapes.Head(f"{'chatcmpl' if 'chat' in path else 'cmpl'}-{_ID}", _CREATED, name)
+    return shapes.Head(f"{'cmpl' if path == '/v1/completions' else 'chatcmpl'}-{_ID}", _CREATED, name)
+
+
+def _done(path: str) -> bytes:
+    return messages.STOP if path == MESSAGES else b"data: [DONE]\n\n"
+
+
+def _failure(path: str, message: str) -> bytes:
+    if path == MESSAGES:
+        return messages.failed(message)
+    return shapes.sse(shapes.error(500, message, "InternalServerError"))
+
+
+def _parsed(path: str, body: bytes) -> dict[str, Any]:
+    """A request as the model reads it."""
+    parsed: dict[str, Any] = orjson.loads(body)
+    return messages.as_chat(parsed) if path == MESSAGES else parsed
 
 
 # Preparing an answer costs more than sending it. A benchmark sends few different requests, so
@@ -402,9 +439,11 @@ def _head(path: str, name: str) -> shapes.Head:
 
 
 @lru_cache(maxsize=256)
-def _reply(body: bytes, script: Script, model: Model, switches: tuple[tuple[int, int], ...]) -> Reply:
+def _reply(
+    path: str, body: bytes, script: Script, model: Model, switches: tuple[tuple[int, int], ...]
+) -> Reply:
     return model.generate(
-        orjson.loads(body),
+        _parsed(path, body),
         text=script.text,
         tool_calls=script.tool_calls,
         tokens=script.tokens,
@@ -416,7 +455,9 @@ def _reply(body: bytes, script: Script, model: Model, switches: tuple[tuple[int,
 def _whole_answer(
     path: str, body: bytes, script: Script, model: Model, switches: tuple[tuple[int, int], ...], name: str
 ) -> bytes:
-    parsed, reply = orjson.loads(body), _reply(body, script, model, switches)
+    parsed, reply = _parsed(path, body), _reply(path, body, script, model, switches)
+    if path == MESSAGES:
+        return orjson.dumps(messages.whole(_head(path, name), reply))
     if path.startswith("/v1/chat/"):
         return orjson.dumps(shapes.chat(_head(path, name), parsed, reply))
     return orjson.dumps(shapes.completion(_head(path, name), parsed, reply, model))
@@ -426,7 +467,9 @@ def _whole_answer(
 def _stream_events(
     path: str, body: bytes, script: Script, model: Model, switches: tuple[tuple[int, int], ...], name: str
 ) -> tuple[bytes, ...]:
-    parsed, reply = orjson.loads(body), _reply(body, script, model, switches)
+    parsed, reply = _parsed(path, body), _reply(path, body, script, model, switches)
+    if path == MESSAGES:
+        return tuple(messages.events(_head(path, name), reply, script.tokens_per_chunk))
     make = shapes.chat_chunks if path.startswith("/v1/chat/") else shapes.completion_chunks
     return tuple(
         shapes.sse(chunk) for chunk in make(_head(path, name), parsed, reply, script.tokens_per_chunk)

@@ -73,8 +73,11 @@ def chat_chunks(head: Head, body: Mapping[str, Any], reply: Reply, per_chunk: in
         role = {"role": "assistant", "content": ""}
         choice = {"index": index, "delta": role, "logprobs": None, "finish_reason": None}
         prompt = list(reply.prompt_token_ids) if ids else None
-        yield {**base, "choices": [choice], "prompt_token_ids": prompt, "prompt_text": None}
-    for index, steps, delta, finish in _in_turn(reply, per_chunk):
+        usage = _running_usage(body, reply, 0)
+        yield {**base, "choices": [choice], **usage, "prompt_token_ids": prompt, "prompt_text": None}
+    written = [0] * len(reply.choices)
+    for index, steps, delta, finish in in_turn(reply, per_chunk):
+        written[index] += len(steps)
         logprobs = _chat_logprobs(body, steps)
         if delta is None and finish is None and logprobs is None and not ids:
             continue  # the tool parser had nothing to say, and nobody wants the tokens
@@ -82,7 +85,8 @@ def chat_chunks(head: Head, body: Mapping[str, Any], reply: Reply, per_chunk: in
         if finish is not None:
             chunk["stop_reason"] = None
         chunk["token_ids"] = [step.token_id for step in steps] if ids else None
-        yield _stamped({**base, "choices": [chunk]}, body, finish)
+        usage = _running_usage(body, reply, written[index])
+        yield _stamped({**base, "choices": [chunk], **usage}, body, finish)
     if _wants_usage(body):
         yield {**base, "choices": [], "usage": _usage(reply), "system_fingerprint": FINGERPRINT}
 
@@ -130,7 +134,7 @@ def completion_chunks(
         "model": head.model,
     }
     offsets = [0] * len(reply.choices)
-    for index, steps, _, finish in _in_turn(reply, per_chunk):
+    for index, steps, _, finish in in_turn(reply, per_chunk):
         first = steps[0] is reply.choices[index].steps[0]
         chunk: Json = {
             "index": index,
@@ -172,7 +176,7 @@ def sse(event: Json) -> bytes:
     return b"data: " + orjson.dumps(event) + b"\n\n"
 
 
-def _in_turn(reply: Reply, per_chunk: int) -> Iterator[tuple[int, Sequence[Step], Json | None, str | None]]:
+def in_turn(reply: Reply, per_chunk: int) -> Iterator[tuple[int, Sequence[Step], Json | None, str | None]]:
     """Choices take turns, ``per_chunk`` tokens each: index, steps, chat delta, finish reason."""
     deltas = [_deltas(choice) for choice in reply.choices]
     longest = max(len(choice.steps) for choice in reply.choices)
@@ -316,6 +320,15 @@ def _usage(reply: Reply) -> Json:
     written = sum(len(choice.steps) for choice in reply.choices)
     read = len(reply.prompt_token_ids)
     return {"prompt_tokens": read, "total_tokens": read + written, "completion_tokens": written}
+
+
+def _running_usage(body: Mapping[str, Any], reply: Reply, written: int) -> Json:
+    """The usage on each chunk of a chat stream, for who asked for it."""
+    if not (_wants_usage(body) and body["stream_options"].get("continuous_usage_stats")):
+        return {}
+    read = len(reply.prompt_token_ids)
+    usage = {"prompt_tokens": read, "total_tokens": read + written, "completion_tokens": written}
+    return {"usage": {**usage, "completion_tokens_details": None}}
 
 
 def _whole_usage(reply: Reply) -> Json:

@@ -43,6 +43,10 @@ class Answer:
         """The first value of a header."""
         return next((value for key, value in self.headers if key == name), None)
 
+    def headers_without(self, names: set[str]) -> list[tuple[str, str]]:
+        """The headers in their order, without some."""
+        return [pair for pair in self.headers if pair[0] not in names]
+
     @property
     def json(self) -> Any:
         """The body as JSON."""
@@ -56,10 +60,21 @@ class Answer:
         return [json.loads(one) if one != b"[DONE]" else "[DONE]" for one in data]
 
     @property
+    def end_to_end_headers(self) -> list[tuple[str, str]]:
+        """The headers that must not change on the way, in their order."""
+        return self.headers_without(_TRANSPORT)
+
+    @property
     def end_to_end(self) -> tuple[int, str, list[tuple[str, str]], bytes]:
         """What must not change on the way, with what the engine drew at random put to one value."""
         kept = sorted(pair for pair in self.headers if pair[0] not in _TRANSPORT)
         return self.status, self.reason, kept, _DRAWN.sub(rb"\1-drawn", self.body)
+
+
+def events_or_bytes(body: bytes) -> list[bytes] | bytes:
+    """A stream as its blocks, whatever ends their lines: the standard holds line ends to be equal."""
+    lines = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return lines.split(b"\n\n") if lines.startswith((b"data:", b":")) else body
 
 
 class Call:

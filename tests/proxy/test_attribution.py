@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
 import pytest
 from multidict import CIMultiDict
 
+from lightning_proxy.config.settings import RoleSettings
 from lightning_proxy.errors import InvalidInput, StoreUnavailable
 from lightning_proxy.proxy.attribution import (
     Attribution,
@@ -15,7 +20,8 @@ from lightning_proxy.proxy.attribution import (
     split_path,
 )
 from lightning_proxy.proxy.keys import Attributor
-from lightning_proxy.store import KeyOwner
+from lightning_proxy.proxy.roles import Roles
+from lightning_proxy.store import ConversationEnd, KeyOwner
 
 TRACKED = Attribution("r1", 1, None, "path", 1.0)
 
@@ -202,3 +208,100 @@ async def test_a_role_that_cannot_be_one_is_ignored(role: str) -> None:
     assert (await attributor.attribute(TRACKED, headers(X_Role=role))).role is None
     found = await attributor.attribute(None, headers(baggage=f"rollout_id=r1,role={role}"))
     assert found.role is None
+
+
+# -- beyond path, headers and keys --------------------------------------------------------------------
+
+
+def messages(*texts: str) -> dict[str, Any]:
+    """A request: asked and said in turn."""
+    return {
+        "messages": [
+            {"role": "assistant" if number % 2 else "user", "content": text}
+            for number, text in enumerate(texts)
+        ]
+    }
+
+
+def answered(text: str) -> bytes:
+    return orjson.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+
+async def attribute(attributor: Attributor, request: dict[str, Any], **sent: str) -> Attribution:
+    return await attributor.attribute(
+        None, headers(**sent), wire="chat", request=request, body=orjson.dumps(request)
+    )
+
+
+async def test_keys_go_before_the_agents_own_ids_and_those_before_the_conversation() -> None:
+    attributor = Attributor(lambda key: KeyOwner("by-key", 2, None) if key == "lp-1" else None)
+    first = await attribute(attributor, messages("a"))
+    assert first.strand is not None
+    first.strand.ended(answered("b"))
+    follow = messages("a", "b", "c")
+    named = {**follow, "metadata": {"session_id": "s"}}
+    assert (await attribute(attributor, named, Authorization="Bearer lp-1")).rollout_id == "by-key"
+    assert (await attribute(attributor, named)).rollout_id == "session-s"
+    assert (await attribute(attributor, follow)).rollout_id == first.rollout_id
+
+
+@pytest.mark.parametrize(
+    "sent", [{"X_Rollout_Id": "r1"}, {"Authorization": "Bearer lp-1"}, {"session_id": "s"}]
+)
+async def test_a_call_that_something_else_attributes_is_not_looked_into(sent: dict[str, str]) -> None:
+    attributor = Attributor(lambda key: KeyOwner("by-key", 2, None))
+    assert (await attribute(attributor, messages("a"), **sent)).strand is None
+
+
+async def test_a_conversation_that_the_store_knows_is_asked_for_once_per_history() -> None:
+    asked: list[tuple[int, list[str]]] = []
+
+    def find(digests: Sequence[bytes], ids: Sequence[str]) -> Sequence[ConversationEnd]:
+        asked.append((len(digests), list(ids)))
+        return ()
+
+    attributor = Attributor(lambda key: None, find)
+    await attribute(attributor, messages("a"))
+    for _ in range(2):
+        found = await attribute(attributor, messages("a", "b", "c", "d", "e"))
+        assert found.by == "none"
+    assert asked == [(2, [])]
+
+
+async def test_a_store_in_trouble_leaves_a_conversation_alone_and_is_asked_again() -> None:
+    first = await attribute(Attributor(lambda key: None), messages("a"))
+    assert first.strand is not None
+    digest = first.strand.ended(answered("b"))
+    troubled = [True]
+
+    def find(digests: Sequence[bytes], ids: Sequence[str]) -> Sequence[ConversationEnd]:
+        if troubled:
+            troubled.pop()
+            raise StoreUnavailable("locked")
+        return [ConversationEnd("r1", 1, digest, answered("b"), extended=False)]
+
+    attributor = Attributor(lambda key: None, find)
+    assert (await attribute(attributor, messages("a", "b", "c"))).by == "none"
+    assert (await attribute(attributor, messages("a", "b", "c"))).rollout_id == "r1"
+
+
+@pytest.mark.parametrize(
+    ("sent", "retry"), [("2", 2), ("0", 0), ("-1", 0), ("x", 0), ("", 0), ("²", 0), ("9" * 5000, 0)]
+)
+async def test_the_count_of_retries_is_taken_where_it_is_one(sent: str, retry: int) -> None:
+    attributor = Attributor(lambda key: None)
+    sent_headers = headers(X_Stainless_Retry_Count=sent)
+    assert (await attributor.attribute(TRACKED, sent_headers)).retry == retry
+    assert (await attributor.attribute(None, sent_headers, wire="chat")).retry == retry
+
+
+async def test_a_configured_role_fills_in_and_never_overrides() -> None:
+    roles = Roles([RoleSettings(name="writer", system_contains="You write")])
+    attributor = Attributor(lambda key: None, roles=roles)
+    request = {"messages": [{"role": "system", "content": "You write."}]}
+    named = Attribution("r1", 1, "critic", "path", 1.0)
+    for by_path, role in ((TRACKED, "writer"), (named, "critic"), (None, "writer")):
+        found = await attributor.attribute(by_path, headers(), wire="chat", request=request)
+        assert found.role == role
+    found = await attributor.attribute(TRACKED, headers(X_Role="judge"), wire="chat", request=request)
+    assert found.role == "judge"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lightning_proxy.proxy.app import PARTS
 from lightning_proxy.store import Fidelity, Store
 from tests.conftest import MakeProxy, ProxyProcess, ProxyThread, wait_until
 from tests.engine import EngineThread, FakeEngine, Script
@@ -136,12 +137,18 @@ def test_a_cut_after_done_leaves_one_whole_span(make_proxy: MakeProxy, end: str)
         assert [span.error_class for span in recorded(proxy)] == [None]
 
 
-def test_a_connection_that_is_reset_before_an_answer_is_a_502_after_one_more_try(
-    engine: EngineThread, proxy: ProxyThread
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_connection_that_is_reset_before_an_answer_is_a_502_after_one_more_try_if_it_was_an_old_one(
+    engine: EngineThread, proxy: ProxyThread, pooled: bool
 ) -> None:
+    if pooled:
+        assert send(proxy.url, "/v1/embeddings", b"{}").status == 200
+    else:
+        assert send(proxy.url, "/healthz").status == 200
+        proxy._loop.call_soon_threadsafe(proxy._runner.app[PARTS].engine.__setattr__, "_is_vllm", True)
     answer = chat(proxy, list(Script(reset=True).to_header().items()))
     check_502(answer.status, answer.json)
-    assert len(engine.calls) <= 2
+    assert len(engine.calls) == (2 if pooled else 1)
     span = recorded(proxy)[0]
     assert (span.error_class, span.status, span.fidelity) == (
         "upstream_unreachable",
@@ -189,6 +196,55 @@ def test_garbage_inside_a_stream_passes_through_and_is_on_record(
     span = recorded(proxy)[0]
     assert (span.error_class, span.fidelity) == ("capture_fault", Fidelity.INCOMPLETE)
     assert metric(proxy.url, 'lightning_capture_faults_total{kind="unreadable_answer"}') == 1.0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_could_not_be_read_leaves_its_rollout_marked_by_the_time_the_agent_has_it(
+    engine: EngineThread, proxy: ProxyThread, streamed: bool
+) -> None:
+    chat(proxy, prefix="/rollout/whole")
+    chat(proxy, list(Script(garbage=True).to_header().items()), prefix="/rollout/broken", stream=streamed)
+    with proxy.store() as store:
+        assert store.get_rollout("whole").incomplete is None
+        assert "DecodeError" in (store.get_rollout("broken").incomplete or "")
+
+
+KEY = "sk-agent-0123456789abcdef"
+
+
+@pytest.mark.parametrize("header", ["Authorization", "x-api-key", "api-key", "Cookie"])
+@pytest.mark.parametrize("status", [401, 200])
+def test_a_key_that_the_engine_repeats_reaches_the_agent_and_not_the_record(
+    make_proxy: MakeProxy, header: str, status: int
+) -> None:
+    said = json.dumps({"id": "x", "choices": [], "error": f"Incorrect API key: {KEY}; short: EMPTY"}).encode()
+
+    def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
+        assert KEY.encode() in head
+        connection.sendall(http_answer(said, "Content-Type: application/json", status=f"{status} X"))
+        return True
+
+    with raw_upstream(answer) as upstream:
+        proxy = make_proxy(upstream.base_url)
+        value = {"Authorization": f"Bearer {KEY}", "Cookie": f"a=EMPTY; s={KEY}"}.get(header, KEY)
+        assert chat(proxy, [(header, value)]).body == said
+        span = recorded(proxy)[0]
+        kept = span.error if status == 401 else (span.response or b"").decode()
+        assert kept == said.decode().replace(KEY, "[redacted]")
+    stored = [file.read_bytes() for file in proxy.db.parent.glob(f"{proxy.db.name}*")]
+    assert stored
+    assert not any(KEY.encode() in content for content in stored)
+
+
+def test_the_upstreams_own_key_is_not_recorded_either(make_proxy: MakeProxy) -> None:
+    def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
+        connection.sendall(http_answer(f"bad key {KEY}".encode(), status="401 Unauthorized"))
+        return True
+
+    with raw_upstream(answer) as upstream:
+        proxy = make_proxy(upstream.base_url, proxy={"upstream_api_key": KEY})
+        chat(proxy)
+        assert recorded(proxy)[0].error == "bad key [redacted]"
 
 
 def test_an_error_event_inside_a_stream_is_an_error_on_record(
@@ -452,11 +508,3 @@ def test_a_body_beyond_the_limit_is_refused_in_openais_shape(
     answer = send(proxy.url, CHAT, b" " * (2**20 + 1))
     assert (answer.status, answer.json["error"]["code"]) == (413, "too_large")
     assert "max_body_mb" in answer.json["error"]["message"]
-
-
-def test_a_websocket_is_told_to_come_back_without(engine: EngineThread, proxy: ProxyThread) -> None:
-    upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
-    answer = send(proxy.url, "/v1/responses", None, upgrade)
-    assert answer.status == 426
-    assert answer.json["error"]["code"] == "upgrade_required"
-    assert engine.requests == []

@@ -8,6 +8,8 @@ gets what it would have got without us. ``wire_for`` is the table of paths.
 ``base``         what every wire is
 ``choices``      answers made of choices: ``chat``, ``completions``
 ``translated``   one API for the agent, Chat Completions for the engine
+``messages``     Anthropic's: ``messages_request`` and ``messages_answer`` translate,
+                 ``messages_native`` records what is not translated
 ===============  ===============================================================================
 """
 
@@ -16,10 +18,12 @@ from __future__ import annotations
 from .base import Captured, Collector, Prepared, Wire
 from .chat import ChatWire
 from .completions import CompletionsWire
+from .messages import MessagesWire
 
 _WIRES: dict[str, Wire] = {
     "/v1/chat/completions": ChatWire(),
     "/v1/completions": CompletionsWire(),
+    "/v1/messages": MessagesWire(),
 }
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import msgspec
+
 from lightning_proxy.proxy.sse import Event
 from lightning_proxy.store import Fidelity, Generation
 
@@ -17,6 +19,7 @@ Json: TypeAlias = dict[str, Any]
 # What an answer of an unexpected shape can raise in a collector.
 CAPTURE_FAULTS = (
     KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError, struct.error,
+    msgspec.MsgspecError,
 )  # fmt: skip
 
 
@@ -43,6 +46,7 @@ class Collector(ABC):
     ``Untranslatable`` instead, and keeps faults of recording to itself (in ``fault``).
     """
 
+    status: int | None = None  # of the answer, where the agent's API has another than the engine gave
     ended = False  # the answer is whole: what is fed from here on comes after its end
     failed: str | None = None  # an error that the engine sent inside a stream
     fault: Exception | None = None  # recording failed, the answer did not
@@ -58,6 +62,10 @@ class Collector(ABC):
     def refusal(self, body: bytes) -> bytes:
         """Take the body of an answer with a status of 400 or more."""
         return body
+
+    def rest(self, rest: bytes) -> bytes:
+        """Take what came after the last event of a stream that came to a clean end."""
+        return rest
 
     @property
     @abstractmethod

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+
 from .base import Json
-from .choices import Asked, Choice, ChoicesCollector, ChoicesWire, merge_delta
+from .choices import Asked, Choice, ChoicesCollector, ChoicesWire, RawObject, merge_delta, present
 
 
 class ChatWire(ChoicesWire):
@@ -26,21 +30,32 @@ class ChatWire(ChoicesWire):
         return _ChatCollector(asked)
 
 
-class _ChatCollector(ChoicesCollector):
-    def _logprobs_of(self, logprobs: Json) -> list[float]:
-        return [entry["logprob"] for entry in logprobs.get("content") or ()]
+class _Token(msgspec.Struct):
+    logprob: float
 
-    def _take_content(self, choice: Json, state: Choice) -> None:
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Token] | None = None
+
+
+_LOGPROBS = msgspec.json.Decoder(_Logprobs)
+_DELTA = msgspec.json.Decoder(dict[str, Any])
+_EMPTY = msgspec.Raw(b"{}")
+
+
+class _ChatCollector(ChoicesCollector):
+    def _logprobs_of(self, logprobs: msgspec.Raw) -> list[float]:
+        return [token.logprob for token in _LOGPROBS.decode(logprobs).content or ()]
+
+    def _take_content(self, choice: RawObject, state: Choice) -> None:
         body = state.body
         if not body:
-            body.update(index=choice.get("index", 0), message={}, finish_reason=None)
-        if choice.get("finish_reason") is not None:
-            body["finish_reason"] = choice["finish_reason"]
-        delta = choice.get("delta")
-        if delta:
-            merge_delta(body["message"], delta)
+            body.update(index=state.index, message={}, finish_reason=None)
+        body["finish_reason"] = state.finish_reason
+        if (delta := present(choice, "delta")) is not None:
+            merge_delta(body["message"], _DELTA.decode(delta))
 
-    def _is_only_capture(self, choice: Json) -> bool:
+    def _is_only_capture(self, choice: RawObject) -> bool:
         # vLLM holds a chunk back while its tool parser has nothing to say, unless token ids were
         # asked for: then it sends an empty delta.
-        return not choice.get("delta") and choice.get("finish_reason") is None
+        return present(choice, "delta") in (None, _EMPTY) and present(choice, "finish_reason") is None

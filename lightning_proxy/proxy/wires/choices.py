@@ -8,14 +8,27 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
+import msgspec
 import orjson
+from msgspec import Raw
 
 from lightning_proxy.proxy.sse import Event, with_data
 from lightning_proxy.store import Fidelity, Generation
 
 from .base import Captured, Collector, Json, Prepared, Wire, packed, sampling_of
+
+# An answer is taken apart only as far as it is needed: the rest stays the engine's own bytes, and
+# the many objects that logprobs consist of are never made.
+RawObject: TypeAlias = dict[str, Raw]
+NULL = Raw(b"null")
+_OBJECT = msgspec.json.Decoder(RawObject)
+_OBJECTS = msgspec.json.Decoder(list[RawObject])
+_IDS = msgspec.json.Decoder(list[int])
+_INT = msgspec.json.Decoder(int)
+_ANY = msgspec.json.Decoder()
+_encoded = msgspec.json.Encoder().encode
 
 SAMPLING_KEYS = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -74,6 +87,7 @@ class ChoicesWire(Wire):
 class Choice:
     """One choice while it is being made."""
 
+    index: int
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -91,7 +105,6 @@ class ChoicesCollector(Collector):
         self._choices: dict[int, Choice] = {}
         self._prompt_token_ids: list[int] | None = None
         self._whole: bytes | None = None
-        self._changed = False  # the last answer or chunk is not what the engine sent
         self.ended = False
         self.failed = None
 
@@ -99,9 +112,11 @@ class ChoicesCollector(Collector):
 
     def whole(self, body: bytes) -> bytes:
         """See :class:`Collector`."""
-        answer = orjson.loads(body)
-        self.take_whole(answer)
-        self._whole = orjson.dumps(answer) if self._changed else body
+        answer = _OBJECT.decode(body)
+        self._begin(answer)
+        self._usage = _decoded(answer.get("usage"))
+        changed = self._take(answer, self._choices_of(answer))
+        self._whole = _encoded(answer) if changed else body
         return self._whole
 
     def event(self, event: Event) -> bytes:
@@ -110,38 +125,33 @@ class ChoicesCollector(Collector):
         if data is None or data == b"[DONE]":
             self.ended = self.ended or data is not None
             return event.raw
-        chunk = orjson.loads(data)
-        if not self.take_chunk(chunk):
+        stripped = self.chunk(data)
+        if stripped is None:
             return b""
-        return with_data(event, orjson.dumps(chunk)) if self._changed else event.raw
+        return event.raw if stripped is data else with_data(event, stripped)
 
-    def take_whole(self, answer: Json) -> None:
-        """Record a whole answer and strip it in place."""
-        self._begin(answer)
-        self._usage = answer.get("usage")
-        self._take(answer)
+    def chunk(self, data: bytes) -> bytes | None:
+        """Record one chunk of a stream; return it stripped, the same object where that is nothing.
 
-    def take_chunk(self, chunk: Json) -> bool:
-        """Record one chunk of a stream and strip it in place.
-
-        Returns False where the chunk exists only because of what capture asked for.
+        ``None`` stands for a chunk that exists only because of what capture asked for.
         """
-        self._changed = False
-        choices = chunk.get("choices")
+        chunk = _OBJECT.decode(data)
+        choices = self._choices_of(chunk)
         if choices is None and "error" in chunk:
-            self.failed = orjson.dumps(chunk["error"]).decode()
-            return True
+            self.failed = bytes(chunk["error"]).decode()
+            return data
         if not self._head:
             self._begin(chunk)
-        if chunk.get("usage"):
-            self._usage = chunk["usage"]
+        self._usage = _decoded(chunk.get("usage")) or self._usage
         # Who asked for either of the two would have got every chunk without us as well.
         keep = not (self._asked.ids and self._asked.logprobs)
-        self._take(chunk)
+        changed = self._take(chunk, choices)
         for choice in choices or ():
             self._take_content(choice, self._choice(choice))
             keep = keep or not self._is_only_capture(choice)
-        return keep or not choices
+        if choices and not keep:
+            return None
+        return _encoded(chunk) if changed else data
 
     # -- the way out ----------------------------------------------------------------------
 
@@ -196,56 +206,74 @@ class ChoicesCollector(Collector):
     # -- per wire -------------------------------------------------------------------------
 
     @abstractmethod
-    def _logprobs_of(self, logprobs: Json) -> list[float]: ...
+    def _logprobs_of(self, logprobs: Raw) -> list[float]: ...
 
     @abstractmethod
-    def _take_content(self, choice: Json, state: Choice) -> None: ...
+    def _take_content(self, choice: RawObject, state: Choice) -> None: ...
 
     @abstractmethod
-    def _is_only_capture(self, choice: Json) -> bool: ...
+    def _is_only_capture(self, choice: RawObject) -> bool: ...
 
     # -- shared ---------------------------------------------------------------------------
 
-    def _begin(self, answer: Json) -> None:
-        self._head = {k: answer[k] for k in ("id", "object", "created", "model") if k in answer}
+    def _begin(self, answer: RawObject) -> None:
+        self._head = {k: _ANY.decode(answer[k]) for k in ("id", "object", "created", "model") if k in answer}
 
-    def _choice(self, choice: Json) -> Choice:
-        index = choice.get("index", 0)
+    def _choices_of(self, answer: RawObject) -> list[RawObject] | None:
+        """The choices of an answer or a chunk, put into it in a form that can be changed in place."""
+        choices = answer.get("choices")
+        if choices is None or choices == NULL:
+            return None
+        decoded = _OBJECTS.decode(choices)
+        answer["choices"] = decoded  # type: ignore[assignment]  # encodes as what it was decoded from
+        return decoded
+
+    def _choice(self, choice: RawObject) -> Choice:
+        index = _INT.decode(choice["index"]) if "index" in choice else 0
         state = self._choices.get(index)
         if state is None:
-            state = self._choices[index] = Choice()
+            state = self._choices[index] = Choice(index)
         return state
 
-    def _take(self, answer: Json) -> None:
+    def _take(self, answer: RawObject, choices: list[RawObject] | None) -> bool:
         """Record an answer's or a chunk's tokens, and take out what only capture asked for.
 
-        Taken out means null: that is what vLLM says without being asked.
+        Taken out means null: that is what vLLM says without being asked. Returns whether anything was.
         """
-        strip_ids, strip_logprobs = self._asked.ids, self._asked.logprobs
-        if (prompt := answer.get("prompt_token_ids")) is not None:
-            self._prompt_token_ids = prompt
-            if strip_ids:
-                answer["prompt_token_ids"] = None
-                self._changed = True
-        for choice in answer.get("choices") or ():
+        asked, changed = self._asked, False
+        if (prompt := present(answer, "prompt_token_ids")) is not None:
+            self._prompt_token_ids = _IDS.decode(prompt)
+            changed |= _cleared(answer, "prompt_token_ids", asked.ids)
+        for choice in choices or ():
             state = self._choice(choice)
-            if (prompt := choice.get("prompt_token_ids")) is not None:
-                state.prompt_token_ids = prompt
-                if strip_ids:
-                    choice["prompt_token_ids"] = None
-                    self._changed = True
-            if (token_ids := choice.get("token_ids")) is not None:
-                state.token_ids += token_ids
-                if strip_ids:
-                    choice["token_ids"] = None
-                    self._changed = True
-            if (logprobs := choice.get("logprobs")) is not None:
+            if (prompt := present(choice, "prompt_token_ids")) is not None:
+                state.prompt_token_ids = _IDS.decode(prompt)
+                changed |= _cleared(choice, "prompt_token_ids", asked.ids)
+            if (token_ids := present(choice, "token_ids")) is not None:
+                state.token_ids += _IDS.decode(token_ids)
+                changed |= _cleared(choice, "token_ids", asked.ids)
+            if (logprobs := present(choice, "logprobs")) is not None:
                 state.logprobs += self._logprobs_of(logprobs)
-                if strip_logprobs:
-                    choice["logprobs"] = None
-                    self._changed = True
-            if (finish_reason := choice.get("finish_reason")) is not None:
-                state.finish_reason = str(finish_reason)
+                changed |= _cleared(choice, "logprobs", asked.logprobs)
+            if (finish_reason := present(choice, "finish_reason")) is not None:
+                state.finish_reason = str(_ANY.decode(finish_reason))
+        return changed
+
+
+def present(of: RawObject, key: str) -> Raw | None:
+    """A field that is there and not null."""
+    value = of.get(key)
+    return None if value is None or value == NULL else value
+
+
+def _cleared(of: RawObject, key: str, asked: bool) -> bool:
+    if asked:
+        of[key] = NULL
+    return asked
+
+
+def _decoded(value: Raw | None) -> Any:
+    return None if value is None else _ANY.decode(value)
 
 
 def _with_fields(body: bytes, request: Json, extra: Json) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from .base import Json
-from .choices import Asked, Choice, ChoicesCollector, ChoicesWire
+from .choices import Asked, Choice, ChoicesCollector, ChoicesWire, RawObject, present
 
 
 class CompletionsWire(ChoicesWire):
@@ -23,17 +25,25 @@ class CompletionsWire(ChoicesWire):
         return _CompletionsCollector(asked)
 
 
-class _CompletionsCollector(ChoicesCollector):
-    def _logprobs_of(self, logprobs: Json) -> list[float]:
-        return logprobs.get("token_logprobs") or []
+class _Logprobs(msgspec.Struct):
+    token_logprobs: list[float] | None = None
 
-    def _take_content(self, choice: Json, state: Choice) -> None:
+
+_LOGPROBS = msgspec.json.Decoder(_Logprobs)
+_TEXT = msgspec.json.Decoder(str)
+
+
+class _CompletionsCollector(ChoicesCollector):
+    def _logprobs_of(self, logprobs: msgspec.Raw) -> list[float]:
+        return _LOGPROBS.decode(logprobs).token_logprobs or []
+
+    def _take_content(self, choice: RawObject, state: Choice) -> None:
         body = state.body
         if not body:
-            body.update(index=choice.get("index", 0), text="", finish_reason=None)
-        if choice.get("finish_reason") is not None:
-            body["finish_reason"] = choice["finish_reason"]
-        body["text"] += choice.get("text") or ""
+            body.update(index=state.index, text="", finish_reason=None)
+        body["finish_reason"] = state.finish_reason
+        if (text := present(choice, "text")) is not None:
+            body["text"] += _TEXT.decode(text)
 
-    def _is_only_capture(self, choice: Json) -> bool:
+    def _is_only_capture(self, choice: RawObject) -> bool:
         return False  # vLLM sends the same chunks either way

@@ -20,6 +20,15 @@ from .base import CAPTURE_FAULTS, Captured, Collector, Json, Untranslatable
 from .choices import ChoicesCollector
 
 
+class Refused(Exception):
+    """The engine's own implementation of the agent's API would have refused to say this."""
+
+    def __init__(self, status: int, body: Json) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+        self.body = body
+
+
 class Translation(ABC):
     """The way back of one call: what the engine says in Chat Completions, as the agent's API says it.
 
@@ -29,7 +38,7 @@ class Translation(ABC):
 
     @abstractmethod
     def whole(self, answer: Json) -> Json:
-        """A whole answer."""
+        """A whole answer. May raise Refused."""
 
     @abstractmethod
     def chunk(self, chunk: Json) -> bytes:
@@ -58,30 +67,38 @@ class TranslatedCollector(Collector):
     def __init__(self, chat: ChoicesCollector, translation: Translation) -> None:
         self._chat = chat
         self._translation = translation
+        self.status = None
         self.ended = False
         self.failed = None
         self.fault = None
 
     def whole(self, body: bytes) -> bytes:
         """See :class:`Collector`."""
-        answer = self._translated(orjson.loads, body)
-        self._recorded(self._chat.take_whole, answer)
-        return orjson.dumps(self._translated(self._translation.whole, answer))
+        answer = self._translated(orjson.loads, self._recorded(self._chat.whole, body))
+        try:
+            return orjson.dumps(self._translated(self._translation.whole, answer))
+        except Refused as refused:
+            self.status = refused.status
+            return orjson.dumps(refused.body)
 
     def event(self, event: Event) -> bytes:
         """See :class:`Collector`."""
         if event.data is None:
             return event.raw
+        if self.ended:
+            return b""
         if event.data == b"[DONE]":
             made: bytes = self._translated(self._translation.done)
             self.ended = True
             return made
-        chunk = self._translated(orjson.loads, event.data)
-        keep = self._recorded(self._chat.take_chunk, chunk)
-        if self._chat.failed is not None and self.failed is None:
+        data = self._recorded(self._chat.chunk, event.data)
+        if data is None:
+            return b""
+        chunk = self._translated(orjson.loads, data)
+        if self._chat.failed is not None:
             self.failed = self._chat.failed
             return bytes(self._translated(self._translation.failed, chunk["error"]))
-        return b"" if keep is False else bytes(self._translated(self._translation.chunk, chunk))
+        return bytes(self._translated(self._translation.chunk, chunk))
 
     def refusal(self, body: bytes) -> bytes:
         """See :class:`Collector`. What is no JSON object goes through as it came."""
@@ -89,6 +106,12 @@ class TranslatedCollector(Collector):
             return orjson.dumps(self._translation.refusal(orjson.loads(body)))
         except CAPTURE_FAULTS:
             return body
+
+    def rest(self, rest: bytes) -> bytes:
+        """See :class:`Collector`. A stream whose end was not said has no end that could be translated."""
+        if not self.ended:
+            raise Untranslatable("the stream ended without [DONE]")
+        return b""
 
     @property
     def finished(self) -> bool:
@@ -110,12 +133,13 @@ class TranslatedCollector(Collector):
         """See :class:`Collector`."""
         return self._chat.generations()
 
-    def _recorded(self, take: Callable[[Json], Any], answer: Json) -> Any:
+    def _recorded(self, take: Callable[[bytes], bytes | None], data: bytes) -> bytes | None:
+        """What capture makes of it; as it came where capture cannot read it, for translation may."""
         try:
-            return take(answer)
+            return take(data)
         except CAPTURE_FAULTS as error:
             self.fault = self.fault or error
-            return None
+            return data
 
     def _translated(self, translate: Callable[..., Any], *arguments: Any) -> Any:
         try:

@@ -1,0 +1,110 @@
+"""Which endpoint a call goes to: by its model, to one that the settings name, else to the main one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from lightning_proxy.config import UpstreamSettings
+from lightning_proxy.errors import ConfigError
+
+from .engine import Engine
+from .providers import ProviderServer
+from .upstream import Upstream
+
+_REMEMBERED = 1000  # models
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """Where calls go, and what may be asked of it."""
+
+    upstream: Upstream
+    engine: Engine
+    capture: str  # `proxy.capture`
+    models: tuple[str, ...] = ()  # names and patterns; the main endpoint takes what is left
+    provider: ProviderServer | None = None
+
+    async def gives_tokens(self, headers: Mapping[str, str]) -> bool:
+        """Whether it can be asked for token ids. ``headers``: the agent's, with the key to ask by."""
+        if self.capture == "auto":
+            return bool(await self.engine.is_vllm(headers))
+        return self.capture == "tokens"
+
+    async def start(self) -> None:
+        """Open what it needs."""
+        await self.upstream.start(await self.provider.start() if self.provider else None)
+
+    async def close(self) -> None:
+        """Close it again."""
+        await self.upstream.close()
+        if self.provider is not None:
+            await self.provider.close()
+
+
+class Upstreams:
+    """All endpoints. The first whose models fit takes a call."""
+
+    def __init__(self, main: Endpoint, others: Sequence[Endpoint] = ()) -> None:
+        self.main = main
+        self.others = tuple(others)
+        self._by_model: dict[str, Endpoint] = {}
+
+    def of(self, model: object) -> Endpoint:
+        """The endpoint for a model."""
+        if not self.others or not isinstance(model, str):
+            return self.main
+        found = self._by_model.get(model)
+        if found is None:
+            fits = (one for one in self.others if any(fnmatchcase(model, name) for name in one.models))
+            found = next(fits, self.main)
+            if len(self._by_model) < _REMEMBERED:
+                self._by_model[model] = found
+        return found
+
+    async def start(self) -> None:
+        """Open every endpoint."""
+        for endpoint in (self.main, *self.others):
+            await endpoint.start()
+
+    async def close(self) -> None:
+        """Close every endpoint."""
+        for endpoint in (self.main, *self.others):
+            await endpoint.close()
+
+
+def endpoint_of(settings: UpstreamSettings, token: str | None) -> Endpoint:
+    """An endpoint as the settings describe it. ``token``: the proxy's own, which must not travel.
+
+    Raises ConfigError where its key cannot be found.
+    """
+    key = _key_of(settings)
+    if settings.provider is not None:
+        server = ProviderServer(settings.provider, key=key, base=settings.url, models=settings.models)
+        base = f"http://{settings.provider}/v1"  # a name for messages: the connection is a socket of ours
+        # Where the provider has a key, the agent's is replaced by a word that nobody reads.
+        upstream = Upstream(base, key and "kept-by-the-provider", token)
+        return Endpoint(upstream, Engine(base), "text", settings.models, server)
+    assert settings.url is not None, "UpstreamSettings sees to it"
+    upstream = Upstream(settings.url, key, token)
+    return Endpoint(upstream, Engine(settings.url, key), settings.capture, settings.models)
+
+
+def _key_of(settings: UpstreamSettings) -> str | None:
+    for_whom = f"the upstream for {', '.join(settings.models)}"
+    if settings.api_key_env is not None:
+        key = os.environ.get(settings.api_key_env)
+        if not key:
+            raise ConfigError(f"{for_whom}: api_key_env names {settings.api_key_env}, which is not set")
+        return key
+    if settings.api_key_file is not None:
+        try:
+            key = settings.api_key_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{for_whom}: api_key_file cannot be read: {error}") from error
+        if not key:
+            raise ConfigError(f"{for_whom}: api_key_file {settings.api_key_file} is empty")
+        return key
+    return None
