@@ -90,7 +90,12 @@ CLIENTS: tuple[Client, ...] = (
     _in_core("langchain", "langchain", "langchain_agent.py", "create_agent, ChatOpenAI"),
     _in_core("langgraph", "langgraph", "langgraph_agent.py", "StateGraph, ToolNode, ChatOpenAI", core=True),
     _in_core(
-        "anthropic", "anthropic", "anthropic_agent.py", "messages: create, stream helper", "messages", "none"
+        "anthropic",
+        "anthropic",
+        "anthropic_agent.py",
+        "messages: create, stream helper",
+        "messages",
+        core=True,
     ),
     _in_core(
         "pydantic-ai",
@@ -216,7 +221,7 @@ CLIENTS: tuple[Client, ...] = (
         "claude_code",
         "claude --print, its Bash",
         "messages",
-        "none",
+        "text",  # its inline system messages are not translated
         streams="always",
         variables={"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
         replies=CLAUDE_CODE,

@@ -107,6 +107,9 @@ def judge(client: Client, straight: Outcome, proxied: Outcome, spans: Sequence[S
         _RANK[span.fidelity] > _RANK[client.fidelity] for span in spans
     ):
         wrong.append(f"spans: {dict(seen)}, expected {len(calls)} {client.wire} {client.fidelity}")
+    told = attribution(spans) if spans else None
+    if told and told.mixed:
+        wrong.append(f"{told.mixed} rollouts hold calls of several runs")
     streamed = {span.streamed for span in spans}
     if spans and streamed != _STREAMED[client.streams]:
         wrong.append(f"streamed spans: {streamed}, expected {_STREAMED[client.streams]}")
@@ -116,7 +119,7 @@ def judge(client: Client, straight: Outcome, proxied: Outcome, spans: Sequence[S
         calls=len(calls),
         spans=dict(seen),
         same_answer=same,
-        attribution=attribution(spans) if spans else None,
+        attribution=told,
     )
 
 

@@ -46,7 +46,8 @@ def test_a_run_that_is_as_it_should_be_passes() -> None:
         (replace(GOOD, results=[{**GOOD.results[0], "pieces": 3}, GOOD.results[1]]), SPANS, "it printed"),
         (GOOD, SPANS[:5], "spans: {'chat exact': 5}, expected 6 chat exact"),
         (GOOD, [*SPANS[:5], span("birch", fidelity=Fidelity.TEXT)], "spans: "),
-        (GOOD, [*SPANS[:5], span("birch", streamed=True)], "streamed spans"),
+        (GOOD, [*SPANS[:5], span("birch", "birch", streamed=True)], "streamed spans"),
+        (GOOD, [*SPANS[:5], span("birch", "amber")], "1 rollouts hold calls of several runs"),
     ],
 )
 def test_a_fault_is_found(proxied: Outcome, spans: list[Span], told: str) -> None:
