@@ -6,6 +6,7 @@
 ``messages``    the same for Anthropic's Messages API (no I/O)
 ``responses``   the same for ``/v1/responses`` (no I/O)
 ``script``      what a test can ask of one request: a reply, a fault, a delay
+``rules``       replies chosen by what a request says
 ``connection``  HTTP/1.1 on one socket, with the means to break it
 ``server``      the routes
 ``thread``      the engine in a thread, for tests

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import orjson
 from tests.engine import messages, responses, shapes
 from tests.engine.connection import Connection, Request, chunk_of, head_of
 from tests.engine.model import Model, Reply, weights_of
+from tests.engine.rules import Rule
 from tests.engine.script import HEADER, Script
 
 PLAIN = Script()
@@ -48,6 +49,7 @@ class FakeEngine:
         refuse_token_ids: bool = False,
         store_responses: bool = False,
         script: Script = PLAIN,
+        rules: Sequence[Rule] = (),
     ) -> None:
         base = model or Model()
         loaded = weights_of(weights) if weights else base.weights
@@ -58,6 +60,7 @@ class FakeEngine:
         self.refuse_token_ids = refuse_token_ids
         self.stored: dict[str, bytes] | None = {} if store_responses else None  # responses by their id
         self.default = script
+        self.rules = rules  # for requests that no script was prescribed for
         self.requests: deque[Request] = deque(maxlen=KEPT_REQUESTS)
         self.poisoned = False  # a bad reload: the next inference takes the engine down, as vLLM's does
         self.on_death: Callable[[], None] = self.stop
@@ -145,7 +148,9 @@ class FakeEngine:
             if request.path.startswith(path):
                 del self._scripts[i]
                 return script
-        return self.default
+        body = request.body.decode(errors="replace") if self.rules else ""
+        chosen = (rule.script(body, self.default) for rule in self.rules)
+        return next((script for script in chosen if script is not None), self.default)
 
     # -- model calls ---------------------------------------------------------------------------
 
