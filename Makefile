@@ -2,10 +2,10 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint types bench docs clean
+.PHONY: help setup demo test test-fast conformance lint types bench docs clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install everything into .venv (CPU torch, vLLM, verl); a second run re-uses it
 	@scripts/setup.sh
@@ -16,8 +16,11 @@ demo: setup ## The whole loop on this machine: an agent that learns through the 
 test: setup lint types ## Lint, types and all tests, real vLLM and verl among them
 	@$(BIN)/pytest $(ARGS)
 
-test-fast: setup lint types ## The same without vLLM and verl, for daily work
-	@$(BIN)/pytest -n 2 -m "not vllm and not train" $(ARGS)
+test-fast: setup lint types ## The same without vLLM, verl and foreign agents, for daily work
+	@$(BIN)/pytest -n 2 -m "not vllm and not train and not clients" $(ARGS)
+
+conformance: setup ## Real agents of many frameworks through the proxy; writes docs/conformance.md
+	@$(BIN)/python -m conformance $(ARGS)
 
 lint: setup ## ruff
 	@$(BIN)/ruff check .
@@ -29,9 +32,10 @@ types: setup ## mypy, strict
 bench: setup ## CPU time per captured call, beside nginx and a bare forwarder
 	@$(BIN)/python -m benchmarks.run $(ARGS)
 
-docs: setup ## Write docs/settings.md from the code
+docs: setup ## Write docs/settings.md from the code, and docs/conformance.md from the last results
 	@$(BIN)/python -m lightning_proxy.config.template > docs/settings.md
+	@$(BIN)/python -m conformance.report > docs/conformance.md
 
 clean: ## Remove .venv, caches and what demo and tests left behind
-	rm -rf .venv build dist lightning-demo lightning-runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .conformance build dist lightning-demo lightning-runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

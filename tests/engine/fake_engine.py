@@ -11,6 +11,7 @@ from pathlib import Path
 import uvloop
 
 from tests.engine.model import Model
+from tests.engine.rules import read_rules
 from tests.engine.script import Script
 from tests.engine.server import KEPT_REQUESTS, FakeEngine
 
@@ -24,6 +25,7 @@ async def _run(args: argparse.Namespace) -> None:
         weights=args.weights,
         refuse_token_ids=args.refuse_token_ids,
         script=Script(delay_s=args.delay_s, chunk_delay_s=args.chunk_delay_s),
+        rules=read_rules(args.rules) if args.rules else (),
     )
     engine.requests = deque(maxlen=args.keep_requests)
     engine.on_death = lambda: sys.exit(1)
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--chunk-delay-s", type=float, default=0.0, help="between tokens")
     parser.add_argument("--weights", type=Path, help="directory whose *.safetensors decide the logprobs")
     parser.add_argument("--refuse-token-ids", action="store_true", help="400 for return_token_ids")
+    parser.add_argument("--rules", type=Path, help="JSON file of replies chosen by the request; see rules.py")
     parser.add_argument("--keep-requests", type=int, default=KEPT_REQUESTS)
     args = parser.parse_args()
     try:

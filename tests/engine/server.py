@@ -10,8 +10,9 @@ Anything else is echoed: body and content headers as they came, method and targe
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import orjson
 from tests.engine import messages, responses, shapes
 from tests.engine.connection import Connection, Request, chunk_of, head_of
 from tests.engine.model import Model, Reply, weights_of
+from tests.engine.rules import Rule
 from tests.engine.script import HEADER, Script
 
 PLAIN = Script()
@@ -47,6 +49,7 @@ class FakeEngine:
         refuse_token_ids: bool = False,
         store_responses: bool = False,
         script: Script = PLAIN,
+        rules: Sequence[Rule] = (),
     ) -> None:
         base = model or Model()
         loaded = weights_of(weights) if weights else base.weights
@@ -57,6 +60,7 @@ class FakeEngine:
         self.refuse_token_ids = refuse_token_ids
         self.stored: dict[str, bytes] | None = {} if store_responses else None  # responses by their id
         self.default = script
+        self.rules = rules  # for requests that no script was prescribed for
         self.requests: deque[Request] = deque(maxlen=KEPT_REQUESTS)
         self.poisoned = False  # a bad reload: the next inference takes the engine down, as vLLM's does
         self.on_death: Callable[[], None] = self.stop
@@ -144,7 +148,9 @@ class FakeEngine:
             if request.path.startswith(path):
                 del self._scripts[i]
                 return script
-        return self.default
+        body = request.body.decode(errors="replace") if self.rules else ""
+        chosen = (rule.script(body, self.default) for rule in self.rules)
+        return next((script for script in chosen if script is not None), self.default)
 
     # -- model calls ---------------------------------------------------------------------------
 
@@ -308,7 +314,11 @@ class FakeEngine:
         await connection.answer_json(200, shapes.models(self.name, self.owner, self.root))
 
     async def _count_tokens(self, request: Request, connection: Connection) -> None:
-        read = len(self.model.prompt_ids(messages.as_chat(request.json)))
+        try:
+            read = len(self.model.prompt_ids(messages.as_chat(request.json)))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            await connection.answer_json(400, shapes.error(400, f"{type(error).__name__}: {error}"))
+            return
         counted = {"input_tokens": read, "context_management": {"original_input_tokens": read}}
         await connection.answer_json(200, counted)
 
@@ -450,10 +460,10 @@ def _failure(path: str, message: str, number: int) -> bytes:
 
 def _parsed(path: str, body: bytes) -> dict[str, Any]:
     """A request as the model reads it."""
+    if path == MESSAGES:
+        return messages.as_chat(json.loads(body))  # integers of any length, as in vLLM
     parsed: dict[str, Any] = orjson.loads(body)
-    if path == RESPONSES:
-        return responses.as_chat(parsed)
-    return messages.as_chat(parsed) if path == MESSAGES else parsed
+    return responses.as_chat(parsed) if path == RESPONSES else parsed
 
 
 # Preparing an answer costs more than sending it. A benchmark sends few different requests, so

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.engine import EngineThread, FakeEngine, Script
+from tests.engine.rules import read_rules
 
 BODY: dict[str, Any] = {"model": "policy", "messages": [{"role": "user", "content": "hello"}]}
 EXACT: dict[str, Any] = {"return_token_ids": True, "logprobs": True}
@@ -112,6 +113,32 @@ def test_a_scripted_error_keeps_its_headers_and_is_used_once(engine: EngineThrea
     with error.value as answer:
         assert (answer.code, answer.headers["retry-after"], answer.read()) == (429, "7", b'{"error": "slow"}')
     assert chat(engine, BODY)["object"] == "chat.completion"
+
+
+def test_replies_can_be_chosen_by_what_a_request_says(
+    make_engine: Callable[[FakeEngine], EngineThread], tmp_path: Path
+) -> None:
+    rules = [
+        {"when": "(?P<who>ann|bob)-1", "text": r"Hello, \g<who>."},
+        {"when": "(?P<who>ann|bob)", "tool_calls": [["greet", r'{"name": "\g<who>"}']]},
+    ]
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    engine = make_engine(FakeEngine(rules=read_rules(tmp_path / "rules.json")))
+
+    def reply(said: str) -> Any:
+        return chat(engine, {**BODY, "messages": [{"role": "user", "content": said}]})["choices"][0][
+            "message"
+        ]
+
+    assert reply("I am bob")["tool_calls"][0]["function"] == {"name": "greet", "arguments": '{"name": "bob"}'}
+    assert reply("I am bob, and ann-1")["content"] == "Hello, ann."
+    assert len(reply("I am eve")["content"]) == 63  # the model's own, where no rule fits
+
+
+def test_a_rule_with_an_unknown_word_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rules.json").write_text('[{"when": "x", "txet": "y"}]')
+    with pytest.raises(ValueError, match="txet"):
+        read_rules(tmp_path / "rules.json")
 
 
 def test_a_connection_can_be_reset_before_the_answer(engine: EngineThread) -> None:
