@@ -27,6 +27,10 @@ class _NotNow(EngineRefused):
     """A refusal that another moment, or another key, may take away."""
 
 
+class _BadRequest(EngineRefused):
+    """Status 400."""
+
+
 class Engine:
     """The engine behind an upstream base URL (``http://host:port/v1``)."""
 
@@ -35,6 +39,7 @@ class Engine:
         self._root = self._base.removesuffix("/v1")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._is_vllm: bool | None = None
+        self._keeps_inline_system: bool | None = None
         self.responses = ResponsesProbe(self._base, key)
 
     async def is_vllm(self, headers: Mapping[str, str] = MappingProxyType({})) -> bool | None:
@@ -43,7 +48,7 @@ class Engine:
         ``headers``: the agent's, for an engine that answers to its key only.
         """
         if self._is_vllm is None:
-            key = {name: headers[name] for name in ("Authorization", "x-api-key") if name in headers}
+            key = _key_in(headers)
             try:
                 answer = await self._call("GET", f"{self._base}/models", timeout=_QUICK, headers=key)
             except (EngineUnreachable, _NotNow):
@@ -55,6 +60,27 @@ class Engine:
                 isinstance(model, dict) and model.get("owned_by") == "vllm" for model in models
             )
         return self._is_vllm
+
+    async def keeps_inline_system(
+        self, model: object, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> bool | None:
+        """Whether the chat template takes system messages anywhere; ``None`` while it is not known.
+
+        vLLM tries its template on such a conversation when it starts, and where it fails makes them
+        part of the first system message of a Messages request. ``/tokenize`` tells the same.
+        """
+        if self._keeps_inline_system is None and isinstance(model, str):
+            turns = [{"role": role, "content": "t"} for role in ("system", "user", "system", "user")]
+            question = {"model": model, "messages": turns, "add_generation_prompt": False}
+            url = f"{self._root}/tokenize"
+            try:
+                await self._call("POST", url, json=question, timeout=_QUICK, headers=_key_in(headers))
+                self._keeps_inline_system = True
+            except _BadRequest:
+                self._keeps_inline_system = False
+            except (EngineUnreachable, EngineRefused):
+                return None
+        return self._keeps_inline_system
 
     async def healthy(self) -> bool:
         """Whether the engine answers at all."""
@@ -118,8 +144,7 @@ class Engine:
             ):
                 text = await response.text()
                 if response.status >= 400:
-                    kind = _NotNow if response.status in _PASSING or response.status >= 500 else EngineRefused
-                    raise kind(_refusal(method, url, response.status, text))
+                    raise _kind_of(response.status)(_refusal(method, url, response.status, text))
                 if "json" not in response.content_type or not text:
                     return None
                 return await response.json()
@@ -127,6 +152,16 @@ class Engine:
             raise EngineUnreachable(f"{method} {url}: {error!r}") from error
         except ValueError as error:  # neither text nor JSON, whatever it says it is
             raise EngineRefused(f"{method} {url} cannot be read: {error!r}") from error
+
+
+def _kind_of(status: int) -> type[EngineRefused]:
+    if status in _PASSING or status >= 500:
+        return _NotNow
+    return _BadRequest if status == 400 else EngineRefused
+
+
+def _key_in(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: headers[name] for name in ("Authorization", "x-api-key") if name in headers}
 
 
 def _refusal(method: str, url: str, status: int, text: str) -> str:

@@ -34,7 +34,7 @@ from .tasks import Tasks
 from .upstream import Upstream, read_out, reset_at_the_end, response_headers
 from .upstreams import Endpoint, Upstreams
 from .websocket import WebSockets, is_upgrade
-from .wires import ResponsesWire, Wire, wire_for
+from .wires import Wire, wire_for
 from .wires.base import Json, Untranslatable
 
 log = logging.getLogger(__name__)
@@ -216,10 +216,8 @@ class Forwarder:
         # An encoded body goes on as it came, for not every engine decodes: so nothing can be asked for.
         may_ask = bool(received.request) and received.plain is received.body
         tokens = may_ask and await endpoint.gives_tokens(headers)
-        if tokens and isinstance(wire, ResponsesWire):
-            wire = ResponsesWire(
-                await endpoint.engine.responses.habits(received.request.get("model"), headers)
-            )
+        if tokens:
+            wire = await endpoint.informed(wire, received.request, headers)
         prepared = wire.prepare(received.body, received.request, tokens=tokens)
         policy, version = None, None
         if endpoint is self._upstreams.main:

@@ -13,6 +13,11 @@ from lightning_proxy.errors import ConfigError
 from .engine import Engine
 from .providers import ProviderServer
 from .upstream import Upstream
+from .wires import Wire
+from .wires.base import Json
+from .wires.messages import MessagesWire
+from .wires.messages_request import has_inline_system
+from .wires.responses import ResponsesWire
 
 _REMEMBERED = 1000  # models
 
@@ -32,6 +37,14 @@ class Endpoint:
         if self.capture == "auto":
             return bool(await self.engine.is_vllm(headers))
         return self.capture == "tokens"
+
+    async def informed(self, wire: Wire, request: Json, headers: Mapping[str, str]) -> Wire:
+        """The wire for a request, knowing of the engine what its translation depends on."""
+        if isinstance(wire, ResponsesWire):
+            return ResponsesWire(await self.engine.responses.habits(request.get("model"), headers))
+        if isinstance(wire, MessagesWire) and has_inline_system(request):
+            return MessagesWire(await self.engine.keeps_inline_system(request.get("model"), headers))
+        return wire
 
     async def start(self) -> None:
         """Open what it needs."""

@@ -60,7 +60,10 @@ def _turn(role: str, content: Any) -> list[Json]:
         for block in content
         if block["type"] == "tool_result"
     ]
-    said = "".join(block["text"] for block in content if block["type"] == "text")
+    texts = [block["text"] for block in content if block["type"] == "text"]
+    if role == "system":
+        texts = [text for text in texts if not text.startswith("x-anthropic-billing-header")]
+    said = "".join(texts)
     calls = [
         {"function": {"name": block["name"], "arguments": json.dumps(block["input"])}}
         for block in content

@@ -44,6 +44,11 @@ TURNS: list[Json] = [
     },
 ]
 
+# As Claude Code puts its reminders; the first block is a note that no model reads.
+BILLING = {"type": "text", "text": "x-anthropic-billing-header: 1"}
+REMINDER: Json = {"role": "system", "content": [BILLING, {"type": "text", "text": "be brief"}]}
+REMINDED: list[Json] = [ASK, REMINDER, ASK, {"role": "system", "content": "!"}]
+
 # name: (fields, script); all of these are translated
 TRANSLATED: dict[str, tuple[Json, Script]] = {
     "text": ({}, Script()),
@@ -51,6 +56,7 @@ TRANSLATED: dict[str, tuple[Json, Script]] = {
     "system": ({"system": "be brief"}, Script()),
     "system blocks": ({"system": [{"type": "text", "text": "a", "cache_control": {}}]}, Script()),
     "turns": ({"messages": TURNS, "tools": [SQL]}, Script()),
+    "a system message among the others": ({"system": "a", "messages": REMINDED}, Script()),
     "unicode": ({}, Script(text='naïve 漢字 😀 \u2028 "\\" \x7f\x01')),
     "nothing": ({}, Script(text="")),
     "cut by max_tokens": ({"max_tokens": 3}, Script()),
@@ -63,7 +69,6 @@ TRANSLATED: dict[str, tuple[Json, Script]] = {
     "unknown length": ({}, Script(hidden_length=True)),
 }
 NATIVE: dict[str, Json] = {
-    "inline system message": {"messages": [ASK, {"role": "system", "content": "brief"}, ASK]},
     "thinking disabled": {"thinking": {"type": "disabled"}},
     "unknown field": {"unheard_of": 1},
     "unknown field of a block": {
@@ -266,6 +271,35 @@ def test_a_reward_finds_its_call_by_the_id_that_the_agent_saw(
     given = send(proxy.url, "/reward", {"value": 1, "response_id": seen})
     (span,) = recorded(proxy)
     assert (given.status, given.json["span_id"], given.json["rollout_id"]) == (201, span.span_id, "r1")
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (200, ["system: a", "user: hello", "system: be brief", "user: hello", "system: !"]),
+        (400, ["system: abe brief!", "user: hello", "user: hello"]),
+    ],
+)
+def test_system_messages_stand_where_the_engines_template_takes_them(
+    engine: EngineThread, proxy: ProxyThread, status: int, expected: list[str]
+) -> None:
+    engine.script(Script(status=status, body="{}"), path="/tokenize")
+    for _ in range(2):  # the engine is asked once
+        send(proxy.url, MESSAGES, body_of({"system": "a", "messages": REMINDED}))
+    read = [json.loads(call.body)["messages"] for call in engine.calls if call.path == CHAT]
+    assert [f"{turn['role']}: {turn['content']}" for turn in read[0]] == expected
+    assert read[1] == read[0]
+    assert [request.path for request in engine.requests].count("/tokenize") == 1
+
+
+def test_an_engine_that_does_not_tell_of_its_template_gets_system_messages_as_they_are(
+    engine: EngineThread, proxy: ProxyThread
+) -> None:
+    engine.script(Script(status=404), path="/tokenize")
+    send(proxy.url, MESSAGES, body_of({"messages": REMINDED}))
+    send(proxy.url, MESSAGES, body_of({"messages": REMINDED}))  # asked again, and told
+    assert [call.path for call in engine.calls] == [MESSAGES, CHAT]
+    assert [span.fidelity for span in recorded(proxy, 2)] == [Fidelity.TEXT, Fidelity.EXACT]
 
 
 def test_tokens_are_counted_as_they_are_read(engine: EngineThread, proxy: ProxyThread) -> None:

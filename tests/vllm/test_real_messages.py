@@ -68,6 +68,8 @@ EXACT: list[Json] = [
     {"tools": [SQL], "tool_choice": {"type": "tool", "name": "sql"}, **SYSTEM, "max_tokens": 200},
     {"tools": [SQL], "messages": TURNS, **SYSTEM},
     {"messages": TURNS, **SYSTEM},
+    {"messages": [ASK, {"role": "system", "content": "be brief"}, ASK]},
+    {"messages": [ASK, {"role": "system", "content": BLOCKS}], "tools": [SQL], **SYSTEM},
     {"stop_sequences": ["e"]},
     {"stop_sequences": ["e", "a", "never said"], "tools": [SQL]},
     {"stop_sequences": ["never said"]},
@@ -81,7 +83,6 @@ EXACT: list[Json] = [
 ]
 # What goes to the engine's own Messages API.
 NATIVE: list[Json] = [
-    {"messages": [ASK, {"role": "system", "content": "be brief"}, ASK]},
     {"thinking": {"type": "disabled"}},
     {"unheard_of": 1},
     {"tool_choice": {"type": "any"}},

@@ -26,26 +26,32 @@ _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "max_tokens", "tool_choice")
 
 
 class MessagesWire(Wire):
-    """https://docs.anthropic.com/en/api/messages"""
+    """https://docs.anthropic.com/en/api/messages
+
+    ``keeps_inline_system``: see :func:`chat_request`.
+    """
 
     name = "messages"
+
+    def __init__(self, keeps_inline_system: bool | None = None) -> None:
+        self._keeps_inline_system = keeps_inline_system
 
     def prepare(self, body: bytes, request: Json, *, tokens: bool) -> Prepared:
         """See :class:`Wire`."""
         sampling = sampling_of(request, _SAMPLING_KEYS)
         if request.get("stop_sequences") is not None:
             sampling["stop"] = request["stop_sequences"]
-        return (_translated(body, sampling) if tokens else None) or Prepared(body, NativeMessages(), sampling)
+        native = Prepared(body, NativeMessages(), sampling)
+        return (self._translated(body, native) if tokens else None) or native
 
-
-def _translated(body: bytes, sampling: Json) -> Prepared | None:
-    try:
-        # Python's own JSON, as in vLLM: integers of any length stay integers.
-        chat = chat_request(json.loads(body))
-        made = orjson.dumps(chat)
-    except (NotTranslated, ValueError, TypeError, RecursionError) as why:
-        log.debug("a Messages request stays as it is, and tells no tokens: %s", why)
-        return None
-    made, asked = _CHAT.ask(made, chat)
-    collector = TranslatedCollector(_CHAT.collector(asked), MessagesTranslation())
-    return Prepared(made, collector, sampling, _CHAT_PATH)
+    def _translated(self, body: bytes, native: Prepared) -> Prepared | None:
+        try:
+            # Python's own JSON, as in vLLM: integers of any length stay integers.
+            chat = chat_request(json.loads(body), keeps_inline_system=self._keeps_inline_system)
+            made = orjson.dumps(chat)
+        except (NotTranslated, ValueError, TypeError, RecursionError) as why:
+            log.debug("a Messages request stays as it is, and tells no tokens: %s", why)
+            return None
+        made, asked = _CHAT.ask(made, chat)
+        collector = TranslatedCollector(_CHAT.collector(asked), MessagesTranslation())
+        return Prepared(made, collector, native.sampling, _CHAT_PATH)

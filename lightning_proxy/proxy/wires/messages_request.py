@@ -53,14 +53,30 @@ class NotTranslated(Exception):
     """The request has to go to the engine's own Messages API."""
 
 
-def chat_request(request: Json) -> Json:
+def has_inline_system(request: Json) -> bool:
+    """Whether there are system messages among the others, as Claude Code's reminders are."""
+    messages = request.get("messages")
+    return isinstance(messages, list) and any(
+        isinstance(message, dict) and message.get("role") == "system" for message in messages
+    )
+
+
+def chat_request(request: Json, *, keeps_inline_system: bool | None = None) -> Json:
     """The Chat Completions request for a Messages request as ``json.loads`` gives it.
 
-    Raises NotTranslated.
+    ``keeps_inline_system``: whether the engine leaves system messages where they stand, or makes them
+    part of the first; ``None`` where that is not known. Raises NotTranslated.
     """
     _only(request, _READ | _UNREAD)
     _optional(request, "metadata", dict)
-    messages = [*_system(request.get("system")), *_messages(request.get("messages"))]
+    asked = _list(request.get("messages"))
+    if has_inline_system(request) and keeps_inline_system is None:
+        raise NotTranslated("system messages among the others")
+    system = _system_text(request.get("system"))
+    if not keeps_inline_system:
+        system += "".join(_inline_text(message) for message in asked if _is_system(message))
+        asked = [message for message in asked if not _is_system(message)]
+    messages = [*_as_system(system), *_messages(asked)]
     if not messages:
         raise NotTranslated("no messages")
     most = _whole_number(request.get("max_tokens"), 1)
@@ -94,12 +110,31 @@ def chat_request(request: Json) -> Json:
 # -- messages ----------------------------------------------------------------------------------------
 
 
-def _system(system: Any) -> list[Json]:
+def _system_text(system: Any) -> str:
     if system is None or isinstance(system, str):
-        return [{"role": "system", "content": system}] if system else []
-    texts = [_text_or_empty(_block_of(block, "text").get("text")) for block in _list(system)]
-    text = "".join(text for text in texts if not text.startswith(_BILLING))
+        return system or ""
+    return _without_billing(_block_of(block, "text").get("text") for block in _list(system))
+
+
+def _inline_text(message: Json) -> str:
+    _only(message, {"role", "content"})
+    content = message.get("content")
+    blocks = (
+        [content] if isinstance(content, str) else [_block_of(b, "text").get("text") for b in _list(content)]
+    )
+    return _without_billing(blocks)
+
+
+def _without_billing(texts: Iterable[Any]) -> str:
+    return "".join(text for text in map(_text_or_empty, texts) if not text.startswith(_BILLING))
+
+
+def _as_system(text: str) -> list[Json]:
     return [{"role": "system", "content": text}] if text else []
+
+
+def _is_system(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "system"
 
 
 def _messages(messages: Any) -> list[Json]:
@@ -107,10 +142,11 @@ def _messages(messages: Any) -> list[Json]:
     for message in _list(messages):
         _only(_object(message), {"role", "content"})
         role, content = message.get("role"), message.get("content")
-        if role not in ("user", "assistant"):
-            # Where an inline system message ends up depends on the engine's chat template.
+        if role == "system":
+            made += _as_system(_inline_text(message))
+        elif role not in ("user", "assistant"):
             raise NotTranslated(f"role {role!r}")
-        if isinstance(content, str):
+        elif isinstance(content, str):
             made.append({"role": role, "content": content})
         elif role == "user":
             made += _of_user(_list(content))
