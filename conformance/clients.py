@@ -31,7 +31,8 @@ class Client:
     arguments: tuple[str, ...] = ()  # before the tasks
     variables: Mapping[str, str] = field(default_factory=dict)  # beside the standard ones
     replies: Replies = ()  # of the model, tried before the common ones
-    timeout_s: float = 180.0
+    timeout_s: float = 120.0
+    note: str = ""  # what its user has to know
 
 
 # One environment for all that CI needs: pip resolves and installs it in less than a minute.
@@ -120,8 +121,16 @@ CLIENTS: tuple[Client, ...] = (
         "autogen_agent.py",
         "AssistantAgent, OpenAIChatCompletionClient",
         requires=("autogen-agentchat", "autogen-ext[openai]"),
+        note="a model that is not OpenAI's needs `model_info`",
     ),
-    Client("crewai", "crewai", "crewai_agent.py", "Crew, Agent, Task", variables=_NO_TELEMETRY),
+    Client(
+        "crewai",
+        "crewai",
+        "crewai_agent.py",
+        "Crew, Agent, Task",
+        variables=_NO_TELEMETRY,
+        note='`LLM(model=..., provider="openai")`: by the name alone it looks for litellm',
+    ),
     Client("semantic-kernel", "semantic-kernel", "semantic_kernel_agent.py", "ChatCompletionAgent"),
     Client(
         "agent-framework",
@@ -150,6 +159,7 @@ CLIENTS: tuple[Client, ...] = (
         "FunctionAgent, OpenAI",
         requires=("llama-index-core", "llama-index-llms-openai"),
         variables={"OPENAI_API_BASE": "{root}/v1"},
+        note="it reads no `OPENAI_BASE_URL`, and knows the facts of OpenAI's models only",
     ),
     Client(
         "smolagents",
@@ -166,14 +176,16 @@ CLIENTS: tuple[Client, ...] = (
         "LlmAgent, LiteLlm",
         requires=("google-adk", "litellm", "mcp"),
         variables=_NO_PRICE_LIST,
+        note="litellm imports `mcp` for a call with tools, and does not declare it",
     ),
     Client(
         "litellm",
         "litellm",
         "litellm_agent.py",
         "acompletion",
-        requires=("litellm", "mcp"),  # a call with tools imports mcp, which litellm does not declare
+        requires=("litellm", "mcp"),
         variables=_NO_PRICE_LIST,
+        note="it imports `mcp` for a call with tools, and does not declare it",
     ),
     _npm("openai-node", "openai", "openai_node", "chat.completions: create, stream helper"),
     _npm("vercel-ai", "ai", "vercel_ai", "generateText, streamText, openai.chat()", arguments=("chat",)),
@@ -186,6 +198,7 @@ CLIENTS: tuple[Client, ...] = (
         "none",
         env="vercel-ai",
         arguments=("responses",),
+        note="`store: false`, or it refers to items that vLLM does not keep",
     ),
     _npm(
         "openai-agents-js",
@@ -203,6 +216,7 @@ CLIENTS: tuple[Client, ...] = (
         "none",
         env="openai-agents-js",
         arguments=("responses",),
+        note="streamed, 0.20.0 refuses the lists in vLLM's `usage`, with the proxy and without",
     ),
     _npm(
         "codex",
@@ -213,6 +227,7 @@ CLIENTS: tuple[Client, ...] = (
         "none",
         streams="always",
         variables={"CODEX_API_KEY": "any"},
+        note='`--config openai_base_url="..."` in place of the variable',
         replies=CODEX,
     ),
     _npm(

@@ -47,9 +47,10 @@ it lies in its own run's rollout, that is in the one with most calls of that run
 apart, one call counts. *Mixed* rollouts hold calls of more than one run: there must be none.
 """
 _SETTINGS = """
-## What else a client needs to come here
+## What else a client needs
 
-Everything was set from outside, by environment or command line.
+Beside the standard variables. `{root}` is the server's address. Most of these keep a client from sending
+traces or looking for price lists elsewhere.
 """
 _METAGPT = """
 MetaGPT 0.8.2 does not install on Python 3.11 and was not run. It takes the endpoint from `llm.base_url` in
@@ -92,7 +93,17 @@ def page(results: Results) -> str:
     """The text of docs/conformance.md."""
     tried = [(client, results[client.name]) for client in CLIENTS if client.name in results]
     clients = _table(
-        ("client", "version", "what of it", "API", "streamed", "result", "calls", "captured as"),
+        (
+            "client",
+            "version",
+            "what of it",
+            "API",
+            "streamed",
+            "result",
+            "calls",
+            "captured as",
+            "as without us",
+        ),
         [
             (
                 client.name,
@@ -103,6 +114,7 @@ def page(results: Results) -> str:
                 f"{result['state']} {result['date']}",
                 str(result["calls"] or ""),
                 _captured(result),
+                "" if result["state"] == "not run" else "yes" if result["same_answer"] else "no",
             )
             for client, result in tried
         ],
@@ -117,11 +129,15 @@ def page(results: Results) -> str:
         ],
     )
     settings = _table(
-        ("client", "setting"),
+        ("client", "variables", "to know"),
         [
-            (client.name, ", ".join(f"`{name}={value}`" for name, value in client.variables.items()))
+            (
+                client.name,
+                ", ".join(f"`{name}={value}`" for name, value in client.variables.items()),
+                client.note,
+            )
             for client, _ in tried
-            if client.variables
+            if client.variables or client.note
         ],
     )
     parts = [_HEAD, clients, *(["\nWhy not:\n", *faults] if faults else [])]
