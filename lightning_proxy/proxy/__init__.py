@@ -5,6 +5,7 @@ Read ``forward.py`` first: one call, from the agent's first byte to its last.
 ==================  ==============================================================================
 ``app``             puts the parts together; ``serve`` is the process
 ``forward``         one call on its way through
+``websocket``       upgrades: relayed byte for byte, or refused so that agents go on over HTTP
 ``keys``            whose call it is: all the ways, in their order
 ``attribution``     what the path and the headers say of it (no I/O)
 ``native_ids``      what agents' own ids say of it (no I/O)
@@ -13,6 +14,9 @@ Read ``forward.py`` first: one call, from the agent's first byte to its last.
 ``roles``           which of several agents it is, by system prompt and tools (no I/O)
 ``wires``           what each API adds, takes out and records (no I/O)
 ``sse``             server-sent events, incrementally (no I/O)
+``encoding``        compressed bodies, taken apart for the record (no I/O)
+``encoded``         an answer that came compressed (no I/O)
+``redaction``       keys that came with a request, kept out of the record (no I/O)
 ``upstream``        connections to the engine; which headers travel
 ``recorder``        a finished call becomes a committed span
 ``hold``            calls wait here while weights change
@@ -21,6 +25,7 @@ Read ``forward.py`` first: one call, from the agent's first byte to its last.
 ``switch``          promotion and rollback of policy versions
 ``control``         ``/api/`` and ``/reward``
 ``auth``            who may do what
+``problem``         errors of our own, in OpenAI's shape
 ``metrics``         ``/metrics``
 ==================  ==============================================================================
 

@@ -47,7 +47,7 @@ RESTORING = "the active version is being restored"
 
 
 class Reader:
-    """One connection for the control routes' questions, used by one thread at a time."""
+    """One connection for questions to the store, used by one thread at a time."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -76,7 +76,8 @@ class Parts:
     metrics: Metrics
     hold: Hold
     writer: Writer
-    reader: Reader
+    reader: Reader  # for the control routes
+    lookups: Reader  # for attribution, so that no call waits for a long list
     upstreams: Upstreams
     engine: Engine
     switch: Switch
@@ -126,7 +127,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         synchronous=settings.store.synchronous,
         busy_timeout_s=settings.store.busy_timeout_s,
     )
-    reader = Reader(settings)
+    reader, lookups = Reader(settings), Reader(settings)
     engine = Engine(upstream_url, proxy.upstream_api_key)
     upstreams = Upstreams(
         Endpoint(Upstream(upstream_url, proxy.upstream_api_key, proxy.token), engine, proxy.capture),
@@ -142,8 +143,8 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         tolerance=settings.train.verify_tolerance,
     )
     attributor = Attributor(
-        lambda key: reader(lambda store: store.owner_of_key(key)),
-        lambda digests, ids: reader(lambda store: store.conversation_ends(digests, ids)),
+        lambda key: lookups(lambda store: store.owner_of_key(key)),
+        lambda digests, ids: lookups(lambda store: store.conversation_ends(digests, ids)),
         Roles(settings.roles),
     )
     forwarder = Forwarder(
@@ -162,7 +163,18 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
     metrics.watch("policy_version", "Version that the engine runs, -1 where unknown",
                   lambda: -1 if (v := switch.version_of(settings.policy.name)) is None else v)  # fmt: skip
     return Parts(
-        settings, metrics, hold, writer, reader, upstreams, engine, switch, attributor, tasks, forwarder
+        settings,
+        metrics,
+        hold,
+        writer,
+        reader,
+        lookups,
+        upstreams,
+        engine,
+        switch,
+        attributor,
+        tasks,
+        forwarder,
     )
 
 
@@ -190,6 +202,7 @@ def _life(parts: Parts, engine_process: EngineProcess | None) -> Callable[[web.A
         await parts.upstreams.close()
         await parts.writer.close()
         parts.reader.close()
+        parts.lookups.close()
 
     return life
 

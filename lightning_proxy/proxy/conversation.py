@@ -99,10 +99,13 @@ def request_of(wire: str, request: Json) -> Request | None:
     return read(request) if read is not None else None
 
 
-def reply_of(wire: str, response: Json) -> list[list[Turn]]:
-    """The turns that an answer adds, one list per choice."""
-    read = _REPLIES.get(wire)
-    return read(response) if read is not None else []
+def reply_of(response: Json) -> list[list[Turn]]:
+    """The turns that an answer adds, one list per choice; what it is, is seen by its shape."""
+    if "choices" in response:
+        return _chat_reply(response)
+    if "output" in response:
+        return [responses_turns(response["output"])]
+    return [messages_turns([{"role": "assistant", "content": response["content"]}])]
 
 
 def reply_ids(response: Json) -> list[str]:
@@ -164,7 +167,8 @@ def _chat_request(request: Json) -> Request:
 
 
 def _chat_reply(response: Json) -> list[list[Turn]]:
-    return [chat_turns([{**choice["message"], "role": "assistant"}]) for choice in response["choices"]]
+    messages = [choice["message"] for choice in response["choices"] if "message" in choice]
+    return [chat_turns([{**message, "role": "assistant"}]) for message in messages]
 
 
 # -- Responses ----------------------------------------------------------------------------------
@@ -209,10 +213,6 @@ def _responses_request(request: Json) -> Request:
     )
 
 
-def _responses_reply(response: Json) -> list[list[Turn]]:
-    return [responses_turns(response["output"])]
-
-
 def _without_text_beside_calls(turns: list[Turn]) -> list[Turn]:
     """Text between two turns of others belongs to the tool calls that stand beside it, if any do."""
     kept: list[Turn] = []
@@ -253,10 +253,6 @@ def _messages_request(request: Json) -> Request:
     system = _flat(request.get("system"))
     turns = [Turn(SYSTEM, system)] if system else []
     return Request(turns + messages_turns(request.get("messages") or ()))
-
-
-def _messages_reply(response: Json) -> list[list[Turn]]:
-    return [messages_turns([{"role": "assistant", "content": response["content"]}])]
 
 
 # -- Completions --------------------------------------------------------------------------------
@@ -348,9 +344,4 @@ _REQUESTS: Mapping[str, Callable[[Json], Request]] = {
     "chat": _chat_request,
     "responses": _responses_request,
     "messages": _messages_request,
-}
-_REPLIES: Mapping[str, Callable[[Json], list[list[Turn]]]] = {
-    "chat": _chat_reply,
-    "responses": _responses_reply,
-    "messages": _messages_reply,
 }

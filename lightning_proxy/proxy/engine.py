@@ -16,6 +16,8 @@ import aiohttp
 
 from lightning_proxy.errors import EngineRefused, EngineUnreachable
 
+from .responses_probe import ResponsesProbe
+
 _QUICK = aiohttp.ClientTimeout(total=5)
 _PASSING = frozenset((401, 403, 408, 429))
 _RELOAD = aiohttp.ClientTimeout(total=600)
@@ -33,6 +35,7 @@ class Engine:
         self._root = self._base.removesuffix("/v1")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._is_vllm: bool | None = None
+        self.responses = ResponsesProbe(self._base, key)
 
     async def is_vllm(self, headers: Mapping[str, str] = MappingProxyType({})) -> bool | None:
         """Whether the engine gives token ids; ``None`` while it does not say. Asked until it does.

@@ -31,14 +31,16 @@ from .recorder import Recorder
 from .redaction import secrets_of
 from .switch import Switch
 from .tasks import Tasks
-from .upstream import read_out, reset_at_the_end, response_headers
+from .upstream import Upstream, read_out, reset_at_the_end, response_headers
 from .upstreams import Endpoint, Upstreams
 from .websocket import WebSockets, is_upgrade
-from .wires import Wire, wire_for
+from .wires import ResponsesWire, Wire, wire_for
 from .wires.base import Json, Untranslatable
 
 log = logging.getLogger(__name__)
 _SMALL_BODY = 2**20  # bytes
+# What the engine answers to a request that it does not take, before it has done anything.
+_REFUSED = frozenset((400, 404, 405, 413, 415, 422, 501))
 
 
 class UpstreamCut(Exception):
@@ -157,8 +159,7 @@ class Forwarder:
         call = await self._begin(request, split, wire, received, endpoint, headers)
         try:
             try:
-                path = _redirected(split.path, call.prepared.path)
-                answer = await upstream.open(request.method, path, headers, call.prepared.body)
+                answer = await self._open(request, split, call, upstream, headers)
             except (aiohttp.ClientError, TimeoutError) as error:
                 call.status = 502
                 await self._commit(call, "upstream_unreachable", str(error))
@@ -176,6 +177,25 @@ class Forwarder:
                 error_class = "client_disconnect" if _agent_left(gone) else "proxy_fault"
                 self._submit(call, error_class, repr(gone))
             raise
+
+    async def _open(
+        self,
+        request: web.Request,
+        split: SplitPath,
+        call: Call,
+        upstream: Upstream,
+        headers: Mapping[str, str],
+    ) -> aiohttp.ClientResponse:
+        """Send the call. What we made of it and the engine refuses, is sent as the agent meant it."""
+        while True:
+            prepared = call.prepared
+            path = _redirected(split.path, prepared.path)
+            answer = await upstream.open(request.method, path, headers, prepared.body)
+            if prepared.fallback is None or answer.status not in _REFUSED:
+                return answer
+            await answer.read()  # so that its connection can be used again
+            call.prepared = prepared.fallback
+            call.altered = call.prepared.body is not call.body or call.prepared.path is not None
 
     async def _receive(self, request: web.Request) -> _Received:
         body = await request.read()
@@ -196,6 +216,10 @@ class Forwarder:
         # An encoded body goes on as it came, for not every engine decodes: so nothing can be asked for.
         may_ask = bool(received.request) and received.plain is received.body
         tokens = may_ask and await endpoint.gives_tokens(headers)
+        if tokens and isinstance(wire, ResponsesWire):
+            wire = ResponsesWire(
+                await endpoint.engine.responses.habits(received.request.get("model"), headers)
+            )
         prepared = wire.prepare(received.body, received.request, tokens=tokens)
         policy, version = None, None
         if endpoint is self._upstreams.main:

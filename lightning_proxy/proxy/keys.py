@@ -38,10 +38,17 @@ class Attributor:
         look_up: Callable[[str], KeyOwner | None],
         find_ends: FindEnds = lambda digests, response_ids: (),
         roles: Roles | None = None,
+        *,
+        patience_s: float = 1.0,
     ) -> None:
+        """``patience_s``: how long a call may wait for ``find_ends`` before it goes on alone."""
         self._look_up = look_up
         self._find_ends = find_ends
         self._roles = roles or Roles()
+        self._patience_s = patience_s
+        self._late: asyncio.Future[Sequence[ConversationEnd]] | None = (
+            None  # a look-up that was not waited for
+        )
         self._lineage = Lineage()
         self._owners: OrderedDict[str, KeyOwner] = OrderedDict()
         self._nowhere: OrderedDict[bytes, None] = OrderedDict()  # histories that the store does not have
@@ -73,12 +80,22 @@ class Attributor:
         if lineage.needs_store(place):
             digests = [digest for digest, _ in reversed(place.points)][:_MOST_POINTS]
             if place.references or digests[0] not in self._nowhere:
-                lineage.learn(wire, await self._ends(digests, place.references[:_MOST_POINTS]))
+                lineage.learn(await self._ends(digests, place.references[:_MOST_POINTS]))
         return lineage.begin(wire, body, place, retry)
 
     async def _ends(self, digests: Sequence[bytes], references: Sequence[str]) -> Sequence[ConversationEnd]:
+        """What the store has of a conversation; nothing while it is in trouble, or slower than we wait."""
+        if self._late is not None and not self._late.done():
+            return ()
+        asked = asyncio.get_running_loop().run_in_executor(None, self._find_ends, digests, references)
+        asked.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, whatever it was
+        await asyncio.wait((asked,), timeout=self._patience_s)
+        if not asked.done():
+            self._late = asked
+            log.warning("a conversation was not looked up within %g s", self._patience_s)
+            return ()
         try:
-            ends = await asyncio.to_thread(self._find_ends, digests, references)
+            ends = asked.result()
         except StoreError as error:
             log.warning("a conversation could not be looked up: %s", error)
             return ()

@@ -49,7 +49,7 @@ ONE_OF_SEVERAL_SURE = 0.5  # several rollouts had exactly this history: it is on
 _ODD_SHAPES = (KeyError, TypeError, ValueError, AttributeError, RecursionError, IndexError)
 _MOST_CALLS = 20_000  # remembered; about 1 KB each
 _MOST_ALIKE = 64  # rollouts remembered for one conversation
-_MOST_TRIES = 20_000
+_MOST_TRIES = 10_000
 _TRY_AGE_S = 1800.0  # clients give a call up after 600 s at most, and then try again
 _WEAK_FIELDS = ("user", "prompt_cache_key", "safety_identifier")
 
@@ -63,7 +63,7 @@ class Owner:
     rollout_id: str
     attempt: int
     weak: int = 0  # hash of what names the user or the app; 0: nothing does
-    beside: str = ""  # text beside the reply's tool call
+    beside: int = 0  # hash of the text beside the reply's tool call; 0: there is none
     extended: int = 0  # calls that went on from here
     keys: tuple[_Key, ...] = ()
 
@@ -83,7 +83,7 @@ class Place:
 
     hasher: Hasher | None = None  # after all of its turns
     end: bytes = b""  # the same as a digest
-    points: list[tuple[bytes, str]] = field(default_factory=list)  # after each reply: digest, text beside
+    points: list[tuple[bytes, int]] = field(default_factory=list)  # after each reply: digest, `beside`
     ids: list[str] = field(default_factory=list)  # of tool calls, last first
     references: tuple[str, ...] = ()  # to responses and their items
     turns: list[Turn] = field(default_factory=list)
@@ -157,7 +157,7 @@ class Lineage:
             return False
         return not place.points or self._one_of(place, *place.points[-1]) is None
 
-    def learn(self, wire: str, ends: Iterable[ConversationEnd]) -> None:
+    def learn(self, ends: Iterable[ConversationEnd]) -> None:
         """Remember calls that the store has, from another process or from before a restart."""
         for end in ends:
             alike = self._by_key.get(end.conversation or "", ())
@@ -168,7 +168,7 @@ class Lineage:
             try:
                 response = orjson.loads(end.response)
                 keys += reply_ids(response)
-                for turns in reply_of(wire, response):
+                for turns in reply_of(response):
                     keys += _ids_of(turns)
                     owner.beside = owner.beside or _beside(turns)
             except _ODD_SHAPES:
@@ -230,7 +230,7 @@ class Lineage:
         owners = list(owners)
         return owners[-1] if len({owner.rollout_id for owner in owners}) == 1 else None
 
-    def _one_of(self, place: Place, digest: bytes, beside: str) -> tuple[Owner, bool] | None:
+    def _one_of(self, place: Place, digest: bytes, beside: int) -> tuple[Owner, bool] | None:
         """Of the rollouts with this history the one to go on with, and whether it is the only one.
 
         Several of them are exchangeable, their histories being equal: the newest that none has gone
@@ -284,7 +284,7 @@ class Lineage:
         digest = None
         if place.prompt is not None:
             keys += self._prompts.remember(place.prompt, completion_texts(response))
-        for number, turns in enumerate(reply_of(strand.wire, response)):
+        for number, turns in enumerate(reply_of(response)):
             keys += _ids_of(turns)
             owner.beside = owner.beside or _beside(turns)
             if place.hasher is None:
@@ -327,14 +327,14 @@ class Lineage:
         prompt = prompt_text(request)
         if prompt is None:
             return Place()
-        return Place(points=[(digest, "") for digest in self._prompts.points(prompt)], prompt=prompt)
+        return Place(points=[(digest, 0) for digest in self._prompts.points(prompt)], prompt=prompt)
 
 
 def _place_in_turns(wire: str, request: Json) -> Place:
     read = request_of(wire, request)
     if read is None:
         return Place()
-    hasher, points, ids = Hasher(), list[tuple[bytes, str]](), list[str]()
+    hasher, points, ids = Hasher(), list[tuple[bytes, int]](), list[str]()
     turns = read.turns
     beside = ""
     for number, turn in enumerate(turns):
@@ -346,7 +346,7 @@ def _place_in_turns(wire: str, request: Json) -> Place:
         beside = beside or turn.beside
         next_kind = turns[number + 1].kind if number + 1 < len(turns) else None
         if next_kind is not ASSISTANT and next_kind is not CALL:
-            points.append((hasher.digest(), beside))
+            points.append((hasher.digest(), hash(beside)))
             beside = ""
     if not read.whole:
         return Place(ids=ids[::-1], references=read.ids[::-1], turns=turns)
@@ -357,8 +357,8 @@ def _ids_of(turns: Iterable[Turn]) -> list[str]:
     return [turn.id for turn in turns if turn.id is not None and looks_unique(turn.id)]
 
 
-def _beside(turns: Iterable[Turn]) -> str:
-    return next((turn.beside for turn in turns if turn.beside), "")
+def _beside(turns: Iterable[Turn]) -> int:
+    return hash(next((turn.beside for turn in turns if turn.beside), ""))
 
 
 def _weak(request: Mapping[str, Any]) -> int:
@@ -376,4 +376,4 @@ def _try_key(body: bytes, place: Place) -> tuple[object, ...]:
     """Equal for equal bodies, and as good as never for others, without hashing a long body twice."""
     if not place.end:
         return (hash(body),)
-    return (place.end, len(body), body[:256], body[-256:])
+    return (place.end, len(body), hash(body[:256]), hash(body[-256:]))

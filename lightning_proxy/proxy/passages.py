@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _HEAD = 64  # characters of the user message that must be the same
 _SHORTEST, _LONGEST = 24, 200  # characters of a passage; shorter ones occur by chance
-_MOST_PROMPTS = 2_000
+_MOST_PROMPTS = 1_000
 _MOST_ALIKE = 64
 
 

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 _HEAD = 16  # characters by which prompts are sorted
-_MOST_HEADS = 2_000
+_MOST_HEADS = 200
 _MOST_LENGTHS = 256
 _DIGEST_BYTES = 16
 

@@ -17,10 +17,11 @@ _SHORTEST_IN_ANSWERS = 16
 
 def secrets_of(headers: Mapping[str, str], *more: str | None) -> tuple[str, ...]:
     """The keys and cookies that ``headers`` hold, and ``more``."""
-    found = [headers[name].rpartition(" ")[2] for name in _HEADERS if name in headers]
-    if "Cookie" in headers:
-        found += [pair.partition("=")[2].strip() for pair in headers["Cookie"].split(";")]
-    return tuple(secret for secret in (*found, *more) if secret and len(secret) >= _SHORTEST)
+    found = [value.rpartition(" ")[2] for name in _HEADERS if (value := headers.get(name))]
+    if cookies := headers.get("Cookie"):
+        found += [pair.partition("=")[2].strip() for pair in cookies.split(";")]
+    found += [secret for secret in more if secret]
+    return tuple([secret for secret in found if len(secret) >= _SHORTEST])
 
 
 def without_secrets(text: str, secrets: tuple[str, ...]) -> str:

@@ -251,6 +251,51 @@ def test_one_span_shows_messages_reply_and_tokens(db: Path) -> None:
     assert "99" in refused("spans", "99", code=1)
 
 
+def test_options_may_stand_before_a_spans_id(db: Path) -> None:
+    assert json.loads(ok("spans", "--json", "--db", db, "1"))["span_id"] == 1
+    assert "valid integer" in refused("spans", "writer")
+
+
+def _add_agent(store: Store, number: int, system: str, *tools: str, role: str | None = None) -> None:
+    body = {
+        "messages": [{"role": "system", "content": system}, {"role": "user", "content": "go"}],
+        "tools": [{"type": "function", "function": {"name": tool}} for tool in tools],
+    }
+    store.add_span(
+        Span(f"r-{number}", 1, "chat", 1.7e9, 1.7e9, json.dumps(body).encode(), Fidelity.TEXT,
+             role=role, response=b"{}")
+    )  # fmt: skip
+
+
+def test_agents_are_told_apart_and_named_by_pasting_what_is_printed(db: Path) -> None:
+    with Store.open(db) as store:
+        for number in range(3):
+            _add_agent(store, number, f"You write.\nIt is 10:0{number}.", "save", "open")
+        _add_agent(store, 1, 'You "judge".', role="judge")
+    found = as_json("spans", "roles")
+    heads = [(r["calls"], r["rollouts"], r["role"], r["tools"], r["recorded_as"]) for r in found["roles"]]
+    assert (3, 3, None, ["open", "save"], []) in heads
+    assert (1, 1, None, [], ["judge"]) in heads
+    assert (1, 1, None, [], []) in heads  # without a system prompt; what is no JSON is no agent
+    table = ok("spans", "roles")
+    assert "You write. It is 10:02." in table
+    assert found["toml"] in table
+    Path("lightning.toml").write_text(found["toml"])
+    named = as_json("spans", "roles")
+    assert {r["role"] for r in named["roles"]} == {f"agent-{found['roles'][0]['fingerprint']}", "judge"} | {
+        f"agent-{r['fingerprint']}" for r in found["roles"] if not r["system"]
+    }
+    assert named["toml"] == ""
+    assert "[[roles]]" not in ok("spans", "roles")
+
+
+def test_only_the_newest_calls_are_looked_at(db: Path) -> None:
+    with Store.open(db) as store:
+        _add_agent(store, 1, "You write.")
+        _add_agent(store, 2, "You judge.")
+    assert [r["system"] for r in as_json("spans", "roles", "--limit", "1")["roles"]] == ["You judge."]
+
+
 def test_policies_are_listed(db: Path) -> None:
     assert str(Path("weights").resolve()) in ok("policies")
     assert [v["version"] for v in as_json("policies")["versions"]] == [0]

@@ -194,6 +194,42 @@ def test_settings_import_without_anything_heavy() -> None:
     assert result.stdout == "[]\n"
 
 
+# --- lists of tables ----------------------------------------------------------------------------
+
+
+def test_roles_are_read_in_their_order() -> None:
+    toml(
+        '[[roles]]\nname = "writer"\nfingerprint = "ab12cd34"\n\n'
+        '[[roles]]\nname = "critic"\nsystem_contains = "You judge"\ntools = ["open"]\n'
+    )
+    first, second = load_settings(env={}).roles
+    assert (first.name, first.fingerprint) == ("writer", "ab12cd34")
+    assert (second.system_contains, second.tools) == ("You judge", ("open",))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            '[[roles]]\nname = "a"\nfingerprint = "xyz"\n',
+            "number 1 in lightning.toml, line 1: fingerprint is",
+        ),
+        (
+            '[proxy]\n[[roles]]\nname = "a"\ntools = ["x"]\n[[roles]]\nname = "b"\nfoo = 1\n',
+            "[[roles]] number 2 in lightning.toml, line 2: unknown setting foo; there are name, fingerprint",
+        ),
+        ('[[roles]]\nname = "a"\n', "needs a fingerprint, system_contains or tools"),
+        ('[[roles]]\ntools = ["x"]\n', "name is missing"),
+        ('[[roles]]\nname = "a b"\ntools = ["x"]\n', "name is 'a b'; allowed: a text matching"),
+        ('[roles]\nname = "a"\n', "write [[roles]]"),
+        ("roles = [3]\n", "[[roles]] number 1"),
+        ('[[role]]\nname = "a"\n', "did you mean the table [[roles]]?"),
+    ],
+)
+def test_what_is_wrong_with_a_role_is_said(text: str, said: str) -> None:
+    assert said in refusal(text)
+
+
 UPSTREAMS = """
 [[upstreams]]
 models = ["gpt-*", "o3"]

@@ -3,6 +3,8 @@
 ==============  ==================================================================================
 ``model``       the made-up model: deterministic tokens, logprobs and tool calls (no I/O)
 ``shapes``      what vLLM 0.31 answers, field for field (no I/O)
+``messages``    the same for Anthropic's Messages API (no I/O)
+``responses``   the same for ``/v1/responses`` (no I/O)
 ``script``      what a test can ask of one request: a reply, a fault, a delay
 ``rules``       replies chosen by what a request says
 ``connection``  HTTP/1.1 on one socket, with the means to break it

@@ -1,8 +1,8 @@
 """The fake vLLM's routes.
 
 Routes of vLLM 0.31: ``/v1/models``, ``/v1/chat/completions``, ``/v1/completions``, ``/v1/messages``,
-``/v1/messages/count_tokens``, ``/health``, ``/version``, ``/pause``, ``/resume``, ``/collective_rpc``
-(reload_weights), ``/reset_prefix_cache``.
+``/v1/messages/count_tokens``, ``/v1/responses`` (and GET of one), ``/health``, ``/version``, ``/pause``,
+``/resume``, ``/collective_rpc`` (reload_weights), ``/reset_prefix_cache``.
 Routes of its own: ``/_script`` (POST, DELETE), ``/_requests`` (GET, DELETE), ``/_drop_idle`` (POST).
 Anything else is echoed: body and content headers as they came, method and target as headers.
 """
@@ -10,6 +10,7 @@ Anything else is echoed: body and content headers as they came, method and targe
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from functools import lru_cache
@@ -20,7 +21,7 @@ from uuid import uuid4
 
 import orjson
 
-from tests.engine import messages, shapes
+from tests.engine import messages, responses, shapes
 from tests.engine.connection import Connection, Request, chunk_of, head_of
 from tests.engine.model import Model, Reply, weights_of
 from tests.engine.rules import Rule
@@ -28,7 +29,8 @@ from tests.engine.script import HEADER, Script
 
 PLAIN = Script()
 MESSAGES = "/v1/messages"
-MODEL_CALLS = ("/v1/chat/completions", "/v1/completions", MESSAGES)
+RESPONSES = "/v1/responses"
+MODEL_CALLS = ("/v1/chat/completions", "/v1/completions", MESSAGES, RESPONSES)
 _ID = "0123456789abcdef" * 2  # stands in a prepared answer until the answer goes out
 _CREATED = 1_700_000_000
 KEPT_REQUESTS = 10_000
@@ -45,6 +47,7 @@ class FakeEngine:
         owner: str = "vllm",
         weights: Path | None = None,
         refuse_token_ids: bool = False,
+        store_responses: bool = False,
         script: Script = PLAIN,
         rules: Sequence[Rule] = (),
     ) -> None:
@@ -55,6 +58,7 @@ class FakeEngine:
         self.owner = owner
         self.root = str(weights) if weights else name
         self.refuse_token_ids = refuse_token_ids
+        self.stored: dict[str, bytes] | None = {} if store_responses else None  # responses by their id
         self.default = script
         self.rules = rules  # for requests that no script was prescribed for
         self.requests: deque[Request] = deque(maxlen=KEPT_REQUESTS)
@@ -131,6 +135,8 @@ class FakeEngine:
             await route(request, connection)
         elif request.method == "POST" and request.path in MODEL_CALLS:
             await self._infer(request, connection, script)
+        elif request.method == "GET" and request.path.startswith(f"{RESPONSES}/"):
+            await self._stored_response(request, connection)
         else:
             await self._echo(request, connection, script)
 
@@ -181,10 +187,13 @@ class FakeEngine:
             self._busy -= 1
 
     def _refusal(self, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
-        if self.refuse_token_ids and "return_token_ids" in body:
-            return 400, shapes.error(400, "Unrecognized request argument supplied: return_token_ids")
+        for unknown in ("return_token_ids", "enable_response_messages"):
+            if self.refuse_token_ids and unknown in body:
+                return 400, shapes.error(400, f"Unrecognized request argument supplied: {unknown}")
         if path == MESSAGES and type(body.get("max_tokens")) is not int:
             return 400, shapes.error(400, "1 validation error:\n  max_tokens", "Bad Request")
+        if path == RESPONSES and (wrong := responses.refusal(body)) is not None:
+            return 400, shapes.error(400, wrong)
         wanted = body.get("model")
         if wanted is not None and wanted != self.name:
             why, kind = f"The model `{wanted}` does not exist.", "NotFoundError"
@@ -199,7 +208,18 @@ class FakeEngine:
                 self._note_switch(switches, step)
         answer_id = _fresh_id(request.path)
         raw = _whole_answer(request.path, request.body, script, self.model, tuple(switches), self.name)
-        await self._send_whole(connection, script, raw.replace(_ID.encode(), answer_id, 1), 200)
+        raw = raw.replace(_ID.encode(), answer_id, 1)
+        if self.stored is not None and request.path == RESPONSES:
+            self.stored[orjson.loads(raw)["id"]] = raw
+        await self._send_whole(connection, script, raw, 200)
+
+    async def _stored_response(self, request: Request, connection: Connection) -> None:
+        response_id = request.path.removeprefix(f"{RESPONSES}/")
+        raw = (self.stored or {}).get(response_id)
+        if raw is None:
+            await connection.answer_json(404, responses.not_found(response_id))
+        else:
+            await connection.answer(200, raw, {"content-type": "application/json"})
 
     async def _stream(self, request: Request, connection: Connection, script: Script) -> None:
         answer_id, mark = _fresh_id(request.path), _ID.encode()
@@ -216,13 +236,15 @@ class FakeEngine:
                 await out.cut()
                 return
             if script.error_after == i:
-                await out.event(_failure(request.path, "the engine failed"))
+                await out.event(_failure(request.path, "the engine failed", i))
                 done = b"" if request.path == MESSAGES else done
+                break
+            if script.without_done and request.path == RESPONSES and i == len(events) - 1:
                 break
             await out.event(events[i].replace(mark, answer_id, 1))
             if script.garbage and i == 1:
                 await out.event(b'data: {"choices": [{"delta"\n\n')
-            if self._aborting() and request.path != MESSAGES:
+            if self._aborting() and request.path not in (MESSAGES, RESPONSES):
                 await out.event(shapes.sse(shapes.aborted(events[0])).replace(mark, answer_id, 1))
                 break
         if done:
@@ -292,7 +314,11 @@ class FakeEngine:
         await connection.answer_json(200, shapes.models(self.name, self.owner, self.root))
 
     async def _count_tokens(self, request: Request, connection: Connection) -> None:
-        read = len(self.model.prompt_ids(messages.as_chat(request.json)))
+        try:
+            read = len(self.model.prompt_ids(messages.as_chat(request.json)))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            await connection.answer_json(400, shapes.error(400, f"{type(error).__name__}: {error}"))
+            return
         counted = {"input_tokens": read, "context_management": {"original_input_tokens": read}}
         await connection.answer_json(200, counted)
 
@@ -415,23 +441,29 @@ def _fresh_id(path: str) -> bytes:
 
 
 def _head(path: str, name: str) -> shapes.Head:
+    if path == RESPONSES:
+        return shapes.Head(f"resp_{_ID}", _CREATED, name)
     return shapes.Head(f"{'cmpl' if path == '/v1/completions' else 'chatcmpl'}-{_ID}", _CREATED, name)
 
 
 def _done(path: str) -> bytes:
-    return messages.STOP if path == MESSAGES else b"data: [DONE]\n\n"
+    return {MESSAGES: messages.STOP, RESPONSES: b""}.get(path, b"data: [DONE]\n\n")
 
 
-def _failure(path: str, message: str) -> bytes:
+def _failure(path: str, message: str, number: int) -> bytes:
     if path == MESSAGES:
         return messages.failed(message)
+    if path == RESPONSES:
+        return responses.sse(responses.broken(number))
     return shapes.sse(shapes.error(500, message, "InternalServerError"))
 
 
 def _parsed(path: str, body: bytes) -> dict[str, Any]:
     """A request as the model reads it."""
+    if path == MESSAGES:
+        return messages.as_chat(json.loads(body))  # integers of any length, as in vLLM
     parsed: dict[str, Any] = orjson.loads(body)
-    return messages.as_chat(parsed) if path == MESSAGES else parsed
+    return responses.as_chat(parsed) if path == RESPONSES else parsed
 
 
 # Preparing an answer costs more than sending it. A benchmark sends few different requests, so
@@ -460,6 +492,8 @@ def _whole_answer(
         return orjson.dumps(messages.whole(_head(path, name), reply))
     if path.startswith("/v1/chat/"):
         return orjson.dumps(shapes.chat(_head(path, name), parsed, reply))
+    if path == RESPONSES:
+        return orjson.dumps(responses.response(_head(path, name), orjson.loads(body), reply))
     return orjson.dumps(shapes.completion(_head(path, name), parsed, reply, model))
 
 
@@ -468,6 +502,9 @@ def _stream_events(
     path: str, body: bytes, script: Script, model: Model, switches: tuple[tuple[int, int], ...], name: str
 ) -> tuple[bytes, ...]:
     parsed, reply = _parsed(path, body), _reply(path, body, script, model, switches)
+    if path == RESPONSES:
+        made = responses.events(_head(path, name), orjson.loads(body), reply, script.tokens_per_chunk)
+        return tuple(responses.sse(event) for event in made)
     if path == MESSAGES:
         return tuple(messages.events(_head(path, name), reply, script.tokens_per_chunk))
     make = shapes.chat_chunks if path.startswith("/v1/chat/") else shapes.completion_chunks

@@ -214,3 +214,73 @@ def test_chunks_have_the_fields_of_vllm(engine: EngineThread, extra: dict[str, A
         for chunk in stream(engine, wanted, script):
             parsed = ChatCompletionStreamResponse.model_validate(chunk)
             assert json.loads(parsed.model_dump_json(exclude_unset=True)) == chunk
+
+
+# -- Responses -----------------------------------------------------------------------------------
+
+RESPONSES: dict[str, Any] = {"model": "policy", "input": "hello"}
+TOLD: dict[str, Any] = {"enable_response_messages": True, "include": ["message.output_text.logprobs"]}
+
+
+def response_events(engine: EngineThread, body: dict[str, Any], script: Script) -> list[dict[str, Any]]:
+    raw = post(f"{engine.base_url}/responses", {**RESPONSES, **body, "stream": True}, script)
+    lines = [event.split(b"\n") for event in raw.removesuffix(b"\n\n").split(b"\n\n")]
+    events = [json.loads(data.removeprefix(b"data: ")) for _, data in lines]
+    assert [name for name, _ in lines] == [b"event: " + event["type"].encode() for event in events]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    return events
+
+
+def test_a_response_holds_the_chat_answers_tokens(engine: EngineThread) -> None:
+    chat_answer = chat(engine, {**BODY, **EXACT})
+    answer = json.loads(post(f"{engine.base_url}/responses", {**RESPONSES, **TOLD}))
+    assert answer["input_messages"][0]["tokens"] == chat_answer["prompt_token_ids"]
+    assert answer["output_messages"][0]["tokens"] == chat_answer["choices"][0]["token_ids"]
+    (part,) = answer["output"][0]["content"]
+    assert part["text"] == chat_answer["choices"][0]["message"]["content"]
+    logprobs = [entry["logprob"] for entry in chat_answer["choices"][0]["logprobs"]["content"]]
+    assert [entry["logprob"] for entry in part["logprobs"]] == logprobs
+
+
+@pytest.mark.parametrize("per_chunk", [1, 3, 1000])
+def test_a_streamed_responses_pieces_add_up_to_its_last_event(engine: EngineThread, per_chunk: int) -> None:
+    calls = (("sql", '{"query": "SELECT 1"}'), ("sql", '{"query": "é"}'))
+    events = response_events(engine, {}, Script(text="Well:", tool_calls=calls, tokens_per_chunk=per_chunk))
+    pieces: dict[str, str] = {}
+    for event in events:
+        if event["type"].endswith(".delta"):
+            pieces[event["item_id"]] = pieces.get(event["item_id"], "") + event["delta"]
+    assert list(pieces.values()) == ["Well:", calls[0][1], calls[1][1]]
+    text, *made = events[-1]["response"]["output"]
+    assert text["content"][0]["text"] == "Well:"
+    assert tuple((call["name"], call["arguments"]) for call in made) == calls
+
+
+def test_responses_are_kept_where_that_was_asked_for(
+    make_engine: Callable[[FakeEngine], EngineThread],
+) -> None:
+    for keeps in (True, False):
+        engine = make_engine(FakeEngine(store_responses=keeps))
+        response_id = json.loads(post(f"{engine.base_url}/responses", RESPONSES))["id"]
+        connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=5)
+        connection.request("GET", f"/v1/responses/{response_id}")
+        answer = connection.getresponse()
+        assert answer.status == (200 if keeps else 404)
+        assert (response_id in json.loads(answer.read()).values()) is keeps
+        connection.close()
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")  # vLLM's own imports warn
+@pytest.mark.parametrize("extra", [{}, TOLD, {"tools": [{"type": "function", "name": "f"}]}])
+def test_responses_have_the_fields_of_vllm(engine: EngineThread, extra: dict[str, Any]) -> None:
+    from pydantic import TypeAdapter
+    from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+
+    adapter = TypeAdapter(ResponsesResponse)
+    for script in (Script(), Script(text="So:", tool_calls=(("f", '{"a": 1}'),))):
+        answer = json.loads(post(f"{engine.base_url}/responses", {**RESPONSES, **extra}, script))
+        events = response_events(engine, extra, script)
+        for whole in (answer, events[0]["response"], events[-1]["response"]):
+            parsed = adapter.validate_python(whole).model_dump_json(by_alias=True)
+            assert json.loads(parsed) == whole

@@ -20,6 +20,7 @@ Json = dict[str, Any]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+MESSAGES = "/v1/messages"
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
     "WjR9awAAAABJRU5ErkJggg=="
@@ -57,7 +58,7 @@ class Case:
 
 def corpus(model: str) -> list[Case]:
     """Every request; ``model`` is one that the engine serves."""
-    chat = {
+    chat: Json = {
         "model": model,
         "messages": [
             {"role": "system", "content": "items(price, stock)"},
@@ -66,10 +67,12 @@ def corpus(model: str) -> list[Case]:
         "max_tokens": 12,
         "temperature": 0,
     }
+    message = {**chat, "messages": chat["messages"][1:], "system": "items(price, stock)"}
     completion = {"model": model, "prompt": "once upon", "max_tokens": 12, "temperature": 0}
     return [
         *wire("chat", CHAT, chat, CHAT_FIELDS, CHAT_WRONG),
         *wire("completions", COMPLETIONS, completion, COMPLETION_FIELDS, COMPLETION_WRONG),
+        *wire("messages", MESSAGES, message, MESSAGE_FIELDS, MESSAGE_WRONG),
         *others(model, chat),
     ]
 
@@ -132,6 +135,36 @@ COMPLETION_FIELDS: dict[str, Json] = {
     "stop": {"stop": ["e"]},
     "suffix": {"suffix": "x"},
     "best_of": {"best_of": 2},
+}
+
+CLAUDE_TOOL = {"name": "sql", "input_schema": {"type": "object", "properties": SQL, "required": ["query"]}}
+MESSAGE_FIELDS: dict[str, Json] = {
+    "unicode": {"messages": [{"role": "user", "content": "é漢😀\u0000"}]},
+    "content in parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}] * 2}]},
+    "no system": {"system": None},
+    "system in parts": {"system": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
+    "a turn with a tool call": {
+        "messages": [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "sql",
+                                               "input": {"query": "é"}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "42"}]},
+        ]
+    },
+    "tools": {"tools": [CLAUDE_TOOL], "max_tokens": 40},
+    "tools that must be called": {"tools": [CLAUDE_TOOL], "tool_choice": {"type": "any"}, "max_tokens": 40},
+    "stop sequences": {"stop_sequences": ["e"]},
+    "one token": {"max_tokens": 1},
+    "sampling": {"temperature": 1.0, "top_p": 0.9, "top_k": 1},
+    "metadata": {"metadata": {"user_id": "u"}},
+}  # fmt: skip
+MESSAGE_WRONG: dict[str, Json] = {
+    "no max_tokens": {"max_tokens": None},
+    "no messages": {"messages": []},
+    "messages that are text": {"messages": "hello"},
+    "a role that nobody knows": {"messages": [{"role": "wizard", "content": "x"}]},
+    "a part of no kind": {"messages": [{"role": "user", "content": [{"type": "smell"}]}]},
+    "a tool without a name": {"tools": [{"input_schema": {}}]},
 }
 
 CHAT_WRONG: dict[str, Json] = {

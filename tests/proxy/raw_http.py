@@ -74,7 +74,7 @@ class Answer:
 def events_or_bytes(body: bytes) -> list[bytes] | bytes:
     """A stream as its blocks, whatever ends their lines: the standard holds line ends to be equal."""
     lines = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    return lines.split(b"\n\n") if lines.startswith((b"data:", b":")) else body
+    return lines.split(b"\n\n") if lines.startswith((b"data:", b":", b"event:")) else body
 
 
 class Call:
@@ -92,6 +92,7 @@ class Call:
         timeout: float = 30.0,
     ) -> None:
         parts = urlsplit(url)
+        target = parts.path + target
         self.connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
         try:
             self._send(method, target, body, headers, chunks)

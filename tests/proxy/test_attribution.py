@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -283,6 +285,33 @@ async def test_a_store_in_trouble_leaves_a_conversation_alone_and_is_asked_again
     attributor = Attributor(lambda key: None, find)
     assert (await attribute(attributor, messages("a", "b", "c"))).by == "none"
     assert (await attribute(attributor, messages("a", "b", "c"))).rollout_id == "r1"
+
+
+async def test_a_store_that_does_not_answer_holds_no_call() -> None:
+    answer, asked = threading.Event(), []
+
+    def find(digests: Sequence[bytes], ids: Sequence[str]) -> Sequence[ConversationEnd]:
+        asked.append(digests)
+        answer.wait(30)
+        return ()
+
+    attributor = Attributor(lambda key: None, find, patience_s=0.01)
+    for _ in range(2):  # while the first question has no answer, there is no second one
+        assert (await attribute(attributor, messages("a", "b", "c"))).by == "none"
+    answer.set()
+    assert len(asked) == 1
+
+
+async def test_conversations_that_are_looked_up_at_once_are_all_found() -> None:
+    both = threading.Barrier(2, timeout=30)
+
+    def find(digests: Sequence[bytes], ids: Sequence[str]) -> Sequence[ConversationEnd]:
+        both.wait()
+        return [ConversationEnd("r", 1, digests[0], b"{}", extended=False)]
+
+    attributor = Attributor(lambda key: None, find, patience_s=30)
+    calls = [attribute(attributor, messages(text, "b", "c")) for text in "xy"]
+    assert [found.rollout_id for found in await asyncio.gather(*calls)] == ["r", "r"]
 
 
 @pytest.mark.parametrize(

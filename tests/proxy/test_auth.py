@@ -9,6 +9,7 @@ from tests.engine import EngineThread
 from tests.proxy.raw_http import CHAT, HELLO, JSON, Headers, chat, recorded, send
 
 TOKEN = "the-token"
+SHORT = {**HELLO, "max_tokens": 9}  # a request of Chat Completions and of Messages alike
 BEARER = [("Authorization", f"Bearer {TOKEN}")]
 
 
@@ -94,7 +95,7 @@ def test_neither_the_token_nor_a_rollouts_key_ever_reaches_the_engine(
             [("x-api-key", secret)],
             [("Authorization", f"Bearer {secret}"), ("x-api-key", secret)],
         ):
-            assert send(guarded.url, path, HELLO, [*JSON, *headers]).status == 200
+            assert send(guarded.url, path, SHORT, [*JSON, *headers]).status == 200
     assert keys_seen(engine) == []
 
 
@@ -106,12 +107,11 @@ def test_a_key_of_ours_is_taken_out_beside_a_key_of_the_engines(
     key = send(guarded.url, "/api/rollouts", {"rollout_id": "r1"}, [*JSON, *BEARER]).json["api_key"]
     for secret in (TOKEN, key):
         both = [("Authorization", "Bearer sk-theirs"), ("x-api-key", secret)]
-        assert send(guarded.url, path, HELLO, [*JSON, *both]).status == 200
+        assert send(guarded.url, path, SHORT, [*JSON, *both]).status == 200
         both = [("Authorization", f"Bearer {secret}"), ("x-api-key", "sk-theirs")]
-        assert send(guarded.url, path, HELLO, [*JSON, *both]).status == 200
+        assert send(guarded.url, path, SHORT, [*JSON, *both]).status == 200
     assert {value for _, value in keys_seen(engine)} == {"Bearer sk-theirs", "sk-theirs"}
-    if path == CHAT:
-        assert [span.rollout_id for span in recorded(guarded, 4)[2:]] == ["r1", "r1"]
+    assert [span.rollout_id for span in recorded(guarded, 4)[2:]] == ["r1", "r1"]
 
 
 def test_without_a_token_the_agents_own_key_goes_to_the_engine(
@@ -129,7 +129,7 @@ def test_the_upstreams_own_key_takes_the_place_of_the_agents(
     engine: EngineThread, make_proxy: MakeProxy, headers: Headers, path: str
 ) -> None:
     proxy = make_proxy(engine.base_url, proxy={"upstream_api_key": "sk-up"})
-    assert send(proxy.url, path, HELLO, [*JSON, *headers]).status == 200
+    assert send(proxy.url, path, SHORT, [*JSON, *headers]).status == 200
     keys = set(keys_seen(engine))
     assert ("authorization", "Bearer sk-up") in keys
     assert {value.removeprefix("Bearer ") for _, value in keys} == {"sk-up"}

@@ -39,6 +39,10 @@ HEAD = shapes.Head("chatcmpl-1", 1, "policy")
 WITH_TOKENS = {"return_token_ids": True, "logprobs": True}  # as capture asks
 
 
+def gzipped(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)  # the same bytes whenever it runs
+
+
 def bare_deflate(data: bytes) -> bytes:
     made = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     return made.compress(data) + made.flush()
@@ -54,14 +58,14 @@ def zstd(data: bytes) -> bytes:
 
 # name: (Content-Encoding, how)
 CODINGS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
-    "gzip": ("gzip", gzip.compress),
-    "x-gzip": ("X-GZip", gzip.compress),
-    "gzip in two members": ("gzip", lambda data: gzip.compress(data[:5]) + gzip.compress(data[5:])),
+    "gzip": ("gzip", gzipped),
+    "x-gzip": ("X-GZip", gzipped),
+    "gzip in two members": ("gzip", lambda data: gzipped(data[:5]) + gzipped(data[5:])),
     "deflate": ("deflate", zlib.compress),
     "bare deflate": ("deflate", bare_deflate),
     "br": ("br", brotli),
     "zstd": ("zstd", zstd),
-    "two": ("deflate, gzip", lambda data: gzip.compress(zlib.compress(data))),
+    "two": ("deflate, gzip", lambda data: gzipped(zlib.compress(data))),
 }
 
 
@@ -223,7 +227,7 @@ def test_what_capture_added_comes_out_of_a_compressed_answer_too(
 
 def test_a_compressed_answer_without_anything_to_take_out_stays_compressed(make_proxy: MakeProxy) -> None:
     body = {**HELLO, **WITH_TOKENS}
-    with raw_upstream(packing_upstream("gzip", gzip.compress)) as upstream:
+    with raw_upstream(packing_upstream("gzip", gzipped)) as upstream:
         proxy = make_proxy(upstream.base_url)
         got = send(proxy.url, CHAT, body)
         assert (got.header("content-encoding"), json.loads(gzip.decompress(got.body))["id"]) == (
@@ -238,7 +242,7 @@ def test_a_compressed_answer_without_anything_to_take_out_stays_compressed(make_
 def test_a_compressed_answer_that_is_not_complete_is_never_taken_for_whole(
     make_proxy: MakeProxy, capture: str, body: dict[str, Any]
 ) -> None:
-    with raw_upstream(packing_upstream("gzip", gzip.compress, cut=300)) as upstream:
+    with raw_upstream(packing_upstream("gzip", gzipped, cut=300)) as upstream:
         proxy = make_proxy(upstream.base_url, proxy={"capture": capture})
         if capture == "text":
             assert len(send(proxy.url, CHAT, body).body) == 300, "as it came: the agent's library sees it"

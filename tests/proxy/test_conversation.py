@@ -125,26 +125,27 @@ def test_where_one_message_ends_makes_a_difference() -> None:
 
 def test_a_reply_is_the_same_turns_as_when_it_is_sent_again_on_every_wire() -> None:
     arguments = '{"q": "x"}'
-    call = {"id": "c" * 20 + "42", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    id_ = "c" * 20 + "42"
+    call = {"id": id_, "type": "function", "function": {"name": "f", "arguments": arguments}}
     chat = {"choices": [{"message": {"role": "assistant", "content": "Well", "tool_calls": [call]}}]}
-    [chat_turns] = reply_of("chat", chat)
+    [chat_turns] = reply_of(chat)
     responses = {
         "output": [
             {"type": "reasoning", "id": "rs_1", "summary": []},
             {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Well"}]},
-            {"type": "function_call", "call_id": call["id"], "name": "f", "arguments": arguments},
+            {"type": "function_call", "call_id": id_, "name": "f", "arguments": arguments},
         ]
     }
-    [responses_turns] = reply_of("responses", responses)
+    [responses_turns] = reply_of(responses)
     messages = {
         "content": [
             {"type": "thinking", "thinking": "hm", "signature": "s"},
             {"type": "text", "text": "Well"},
-            {"type": "tool_use", "id": call["id"], "name": "f", "input": {"q": "x"}},
+            {"type": "tool_use", "id": id_, "name": "f", "input": {"q": "x"}},
         ]
     }
-    [messages_turns] = reply_of("messages", messages)
-    expected = Turn(CALL, 'f\n{"q":"x"}', call["id"], "Well")
+    [messages_turns] = reply_of(messages)
+    expected = Turn(CALL, 'f\n{"q":"x"}', id_, "Well")
     assert chat_turns == responses_turns == messages_turns == [expected]
 
 
@@ -161,7 +162,7 @@ def test_a_responses_conversation_is_known_again_without_ids_status_and_reasonin
     ]
     first = request_of("responses", {"instructions": "sys", "input": "go"})
     assert first is not None
-    [reply] = reply_of("responses", {"output": output})
+    [reply] = reply_of({"output": output})
     second = of_request("responses", {"instructions": "sys", "input": again})
     assert digest([*first.turns, *reply]) == second
     in_list = of_request("responses", {"input": [{"role": "system", "content": "sys"}, *again]})
@@ -181,9 +182,9 @@ def test_a_responses_request_that_only_refers_to_its_history_is_not_whole() -> N
 
 def test_tools_of_the_server_are_turns_of_the_conversation() -> None:
     search = {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"query": "x"}}
-    [turns] = reply_of("responses", {"output": [search]})
-    [again] = reply_of("responses", {"output": [{**search, "id": "ws_2", "status": None}]})
-    [other] = reply_of("responses", {"output": [{**search, "action": {"query": "y"}}]})
+    [turns] = reply_of({"output": [search]})
+    [again] = reply_of({"output": [{**search, "id": "ws_2", "status": None}]})
+    [other] = reply_of({"output": [{**search, "action": {"query": "y"}}]})
     assert [turn.kind for turn in turns] == [CALL]
     assert digest(turns) == digest(again) != digest(other)
 
@@ -196,7 +197,7 @@ def test_a_messages_conversation_is_known_again_when_cache_control_moves_and_thi
     }
     answer = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"b": 1, "a": 2.0}}
     thought = {"type": "thinking", "thinking": "hm", "signature": "x"}
-    [reply] = reply_of("messages", {"content": [thought, {"type": "text", "text": "Well"}, answer]})
+    [reply] = reply_of({"content": [thought, {"type": "text", "text": "Well"}, answer]})
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "42"}]}
     first = request_of("messages", request)
     again = request_of(

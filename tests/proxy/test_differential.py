@@ -64,9 +64,13 @@ def test_the_answer_is_the_engines_and_the_request_is_the_agents(pair: Pair, cas
     requests = pair.engine.requests[before:]
     first, second = requests[0], requests[-1]  # the proxy may have asked what engine it is in between
     captured = wire_for(case.method, case.target.partition("?")[0]) is not None
+    if captured and second.target != first.target:
+        return  # translated: `tests/vllm` has the proof that the answer is the engine's own
     assert (second.method, second.target) == (first.method, first.target)
     assert travelled(second, captured) == travelled(first, captured)
-    if not captured or not is_as_sent(second.body, first.body):
+    if captured and second.body != first.body:
+        assert is_as_sent(second.body, first.body)
+    else:
         assert second.body == first.body
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_proxy.proxy import lineage as module
 from lightning_proxy.proxy.attribution import Attribution
 from lightning_proxy.proxy.lineage import (
     BY_ID_SURE,
@@ -310,8 +310,8 @@ def test_only_an_equal_body_is_a_retry_and_only_for_a_while(monkeypatch: pytest.
     end(proxy.begin(chat(asked("a"))), None)
     assert proxy.begin(chat(asked("a"), temperature=1), retry=1).by == "none"
     assert proxy.begin(chat(asked("b")), retry=1).by == "none"
-    later = module.time.monotonic() + 3600
-    monkeypatch.setattr(module.time, "monotonic", lambda: later)
+    later = time.monotonic() + 3600
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     assert proxy.begin(chat(asked("a")), retry=1).by == "none"
 
 
@@ -349,12 +349,12 @@ def test_what_the_store_has_counts_as_if_it_had_been_seen() -> None:
         ConversationEnd("r3", 1, digest, b"not json", True),
     ]
     proxy = Proxy()
-    proxy.lineage.learn("chat", ends)
+    proxy.lineage.learn(ends)
     by_id = proxy.begin(chat(asked("a"), calling(OTHER), result(OTHER)))
     assert (by_id.rollout_id, by_id.attempt, by_id.confidence) == ("r2", 2, BY_ID_SURE)
     by_hash = proxy.begin(chat(asked("a"), calling("rewritten"), result("rewritten")))
     assert (by_hash.rollout_id, by_hash.confidence) == ("r1", ONE_OF_SEVERAL_SURE)
-    proxy.lineage.learn("chat", ends)  # again: r1 has been gone on from, and stays so
+    proxy.lineage.learn(ends)  # again: r1 has been gone on from, and stays so
     assert proxy.begin(chat(asked("a"), calling("rewritten"), result("rewritten"))).by == "none"
 
 

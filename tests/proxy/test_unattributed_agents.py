@@ -113,6 +113,39 @@ def test_a_completions_agent_is_followed_by_its_prompt(proxy: ProxyThread) -> No
     assert owners[0] != owners[1]
 
 
+def test_a_messages_agent_is_followed_though_its_blocks_change(proxy: ProxyThread) -> None:
+    cached = {"cache_control": {"type": "ephemeral"}}
+    histories: dict[str, list[dict[str, Any]]] = {
+        task: [{"role": "user", "content": [{"type": "text", "text": task, **cached}]}]
+        for task in ("one", "two")
+    }
+    tool = {"name": "multiply", "input_schema": {"type": "object"}}
+    for turn in TURNS[1:3]:
+        for history in histories.values():
+            body = {"model": "policy", "max_tokens": 500, "messages": history, "tools": [tool]}
+            answer = send(proxy.url, "/v1/messages", body, [*JSON, *turn.to_header().items()])
+            content = answer.json["content"]
+            if len(history) == 1:
+                history[0] = {"role": "user", "content": history[0]["content"][0]["text"]}
+            history.append({"role": "assistant", "content": content})
+            results = [
+                {"type": "tool_result", "tool_use_id": "renamed", "content": "42"}
+                for block in content
+                if block["type"] == "tool_use"
+            ]
+            for block in content:
+                block.update({"id": "renamed"} if block["type"] == "tool_use" else {})
+            history.append(
+                {"role": "user", "content": [*results, {"type": "text", "text": "go on", **cached}]}
+            )
+    spans = recorded(proxy, 4)
+    assert [span.wire for span in spans] == ["messages"] * 4
+    owners = [{span.rollout_id for span in spans[start::2]} for start in (0, 1)]
+    assert [len(own) for own in owners] == [1, 1]
+    assert owners[0] != owners[1]
+    assert [span.attribution_confidence for span in spans] == [0.0, 0.0, WHOLE_SURE, WHOLE_SURE]
+
+
 def test_an_agents_own_ids_join_what_the_conversation_does_not(proxy: ProxyThread) -> None:
     for text in ("a title", "the work"):
         chat(proxy, [("session-id", "s-1"), ("originator", "codex_exec")],

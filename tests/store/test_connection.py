@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from sqlite_utils.migrations import Migrations
 
 from lightning_proxy.errors import Conflict, InvalidInput, StoreError, StoreUnavailable, UnknownTarget
 from lightning_proxy.store import Store
@@ -87,6 +88,30 @@ def test_a_migration_that_fails_leaves_nothing_behind(db: Path, monkeypatch: pyt
     with closing(sqlite3.connect(db)) as connection:
         assert connection.execute("SELECT name FROM sqlite_master").fetchall() == []
     Store.open(db).close()
+
+
+def test_a_database_of_version_1_is_migrated_with_its_spans(db: Path) -> None:
+    from sqlite_utils import Database
+
+    from lightning_proxy.store.schema import first_schema
+
+    first = Migrations("lightning_proxy")
+    first()(first_schema)
+    with closing(sqlite3.connect(db, isolation_level=None)) as connection:
+        first.apply(Database(connection))
+        connection.execute("PRAGMA user_version=1")
+        connection.execute("INSERT INTO rollouts (rollout_id, state, created_at) VALUES ('r0', 'open', 1.0)")
+        connection.execute(
+            "INSERT INTO spans (rollout_id, attempt, wire, attributed_by, attribution_confidence, "
+            "started_at, ended_at, streamed, fidelity, sampling, request, response) "
+            "VALUES ('r0', 1, 'chat', 'none', 0.0, 1.0, 2.0, 0, 'exact', '{}', x'7b7d', x'7b7d')"
+        )
+    with Store.open(db) as store:
+        assert store.scalar("PRAGMA user_version") == SCHEMA_VERSION
+        [span] = store.list_spans()
+        assert (span.rollout_id, span.retry, span.conversation) == ("r0", 0, None)
+        store.add_span(make_span(retry=2, conversation=b"c" * 16))
+        assert store.list_spans()[0].conversation == b"c" * 16
 
 
 def test_processes_that_open_a_new_file_at_once_all_succeed(db: Path) -> None:

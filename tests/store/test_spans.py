@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_proxy.errors import StoreError, UnknownTarget
 from lightning_proxy.store import Fidelity, Generation, Span, Store
+from lightning_proxy.store.spans import _ENDS_BY_CONVERSATION
 from tests.store.support import make_span
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -50,6 +51,8 @@ spans = st.builds(
     response_id=st.none() | texts,
     response=st.binary(max_size=50),
     error=st.none() | texts,
+    retry=st.integers(0, 9999),
+    conversation=st.none() | st.binary(min_size=16, max_size=16),
     usage=st.none() | json_values,
     sampling=json_values,
     generations=st.lists(generations, max_size=3).map(tuple),
@@ -145,3 +148,59 @@ def test_the_spans_of_an_attempt_come_in_order_of_start(store: Store) -> None:
 def test_an_unknown_span_is_named(store: Store) -> None:
     with pytest.raises(UnknownTarget, match="no span 7"):
         store.get_span(7)
+
+
+def test_the_ends_of_a_conversation_are_found_by_its_longest_known_part(store: Store) -> None:
+    short, long, unknown = b"s" * 16, b"l" * 16, b"u" * 16
+    store.add_span(make_span(rollout_id="r1", conversation=short, response_id="a"))
+    store.add_span(make_span(rollout_id="r1", conversation=long, response_id="b"))
+    store.add_span(make_span(rollout_id="r2", attempt=2, conversation=long, response_id="c"))
+    ends = store.conversation_ends([unknown, long, short])
+    assert [(end.rollout_id, end.attempt, end.conversation) for end in ends] == [
+        ("r1", 1, long),
+        ("r2", 2, long),
+    ]
+    assert ends[0].response == b'{"id":"chatcmpl-1"}'
+    [end] = store.conversation_ends([short])
+    assert (end.rollout_id, end.extended) == ("r1", True)
+    assert store.conversation_ends([unknown]) == store.conversation_ends([]) == ()
+
+
+def test_the_end_of_a_conversation_is_found_by_a_response_id_first(store: Store) -> None:
+    store.add_span(make_span(rollout_id="r1", response_id="a"))
+    store.add_span(make_span(rollout_id="r2", response_id="b", conversation=b"c" * 16))
+    [end] = store.conversation_ends([b"c" * 16], ["nobody", "a"])
+    assert (end.rollout_id, end.conversation) == ("r1", None)
+
+
+def test_an_end_is_extended_by_what_ended_well_after_it_in_its_attempt(store: Store) -> None:
+    digest = b"d" * 16
+    store.add_span(make_span(rollout_id="r1", conversation=digest))
+    failed = {"response": None, "error_class": "cut_stream"}
+    store.add_span(make_span(rollout_id="r1", **failed))
+    store.add_span(make_span(rollout_id="r1", attempt=2))
+    store.add_span(make_span(rollout_id="r2"))
+    assert [end.extended for end in store.conversation_ends([digest])] == [False]
+    store.add_span(make_span(rollout_id="r1"))
+    assert [end.extended for end in store.conversation_ends([digest])] == [True]
+
+
+def test_of_many_rollouts_with_one_history_the_newest_are_found_oldest_first(store: Store) -> None:
+    for number in range(40):
+        store.add_span(make_span(rollout_id=f"r{number}", conversation=b"d" * 16))
+    found = [end.rollout_id for end in store.conversation_ends([b"d" * 16])]
+    assert found == [f"r{number}" for number in range(24, 40)]
+
+
+def test_looking_for_a_conversation_reads_its_index_and_nothing_else(store: Store) -> None:
+    rows = store.rows(f"EXPLAIN QUERY PLAN {_ENDS_BY_CONVERSATION}", (b"x", 1))
+    plan = "; ".join(row["detail"] for row in rows)
+    assert "spans_by_conversation" in plan
+    assert "SCAN" not in plan
+    assert "TEMP B-TREE" not in plan
+
+
+def test_recent_requests_come_newest_first(store: Store) -> None:
+    for number in range(3):
+        store.add_span(make_span(rollout_id=f"r{number}", role="x", request=b"%d" % number))
+    assert list(store.recent_requests(2)) == [("r2", "x", "chat", b"2"), ("r1", "x", "chat", b"1")]

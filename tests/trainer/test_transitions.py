@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_proxy.store import Fidelity, RecordedRollout, Reward
+from lightning_proxy.store import Fidelity, RecordedRollout, Reward, Span
 from lightning_proxy.trainer.transitions import (
     LeftOut,
     Reason,
     TrainableRollout,
     rollout_return,
+    superseded,
     trainable_rollouts,
 )
 from tests.trainer.recording import POLICY, failed_span, generation, recorded, span
@@ -95,3 +96,39 @@ def test_a_missing_reward_is_not_a_reward_of_zero() -> None:
     kept, left_out = convert(only_earlier)
     assert kept == []
     assert left_out.rollouts == {Reason.NO_REWARD: 1}
+
+
+def asked(prompt: int, answer: int, **changes: object) -> Span:
+    return span("r", generation([prompt], [answer]), request=b"%d" % prompt, **changes)
+
+
+def lost(prompt: int, **changes: object) -> Span:
+    return replace(failed_span("r"), request=b"%d" % prompt, **changes)  # type: ignore[arg-type]
+
+
+def test_a_completed_call_that_was_tried_again_is_left_out_counted_and_not_a_next_state() -> None:
+    calls = [asked(1, 2), asked(3, 4), asked(3, 5, retry=1), asked(6, 7)]
+    [rollout], left_out = convert(recorded("r", calls, reward()))
+    assert [list(each.response_ids) for each in rollout.transitions] == [[2], [5], [7]]
+    assert rollout.transitions[0].next_prompt_ids == array("i", [3])
+    assert rollout.transitions[1].next_prompt_ids == array("i", [6])
+    assert left_out.as_dict() == {"rollouts": {}, "calls": {"superseded": 1}}
+
+
+@pytest.mark.parametrize(
+    ("calls", "unseen"),
+    [
+        ([asked(1, 2), asked(1, 3)], set()),  # asked twice, and both answers seen
+        ([lost(1), asked(1, 2, retry=1)], set()),
+        ([asked(1, 2), lost(1), asked(1, 3, retry=1)], set()),  # what is repeated is what failed
+        ([asked(1, 2), lost(1, retry=1), asked(1, 3, retry=2)], {0}),
+        ([asked(1, 2), asked(1, 3, retry=2)], {0}),  # try 1 never reached us
+        ([asked(1, 2), asked(1, 3), asked(1, 4, retry=1)], {1}),  # the one that ended last
+        ([asked(1, 2), asked(1, 3), asked(1, 4, retry=1), asked(1, 5, retry=1)], {0, 1}),
+        ([asked(1, 2), asked(9, 3, retry=1)], set()),  # another request
+        ([asked(1, 2, retry=1)], set()),
+        ([asked(1, 2), asked(1, 3, retry=1), asked(1, 4, retry=2)], {0, 1}),
+    ],
+)
+def test_a_retry_supersedes_the_try_before_it_and_no_other_call(calls: list[Span], unseen: set[int]) -> None:
+    assert superseded(calls) == unseen

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lightning_proxy.proxy.wires.messages_answer import MessagesTranslation
 from lightning_proxy.proxy.wires.messages_request import NotTranslated, chat_request
 from lightning_proxy.proxy.wires.translated import Refused
+from tests.engine import Model, messages, shapes
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 _IMPORTED = importlib.util.find_spec("vllm") is not None
@@ -398,3 +399,52 @@ def vllms_answer(answer: Json) -> tuple[int, str]:
 def as_starlette_writes(content: Any) -> str:
     responses = importlib.import_module("starlette.responses")
     return bytes(responses.JSONResponse(content).body).decode()
+
+
+# -- the fake engine ---------------------------------------------------------------------------------
+
+SCRIPTS: list[Json] = [
+    {},
+    {"text": ""},
+    {"text": "naïve 😀"},
+    {"tool_calls": (("sql", '{"q": "é", "n": [1, null]}'), ("sql", "{}"))},
+    {"text": "é: ", "tool_calls": (("sql", "{}"),)},
+]
+
+
+@pytest.mark.parametrize("per_chunk", [1, 9, 500])
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+@pytest.mark.parametrize("limit", [3, 1000])
+def test_the_fake_engine_says_on_messages_what_vllm_would_make_of_its_chat(
+    script: Json, per_chunk: int, limit: int
+) -> None:
+    body = {**BASE, "max_tokens": limit, "tools": [SQL]}
+    chat = messages.as_chat(body) | {
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True}
+    }
+    reply, head = Model(tokens=20).generate(chat, **script), shapes.Head("chatcmpl-1", 1, "m")
+    streamed = b"".join(messages.events(head, reply, per_chunk)) + messages.STOP
+    assert streamed.decode() == vllms_events(list(shapes.chat_chunks(head, chat, reply, per_chunk)))
+    whole = (200, orjson.dumps(messages.whole(head, reply)).decode())
+    assert whole == vllms_answer(shapes.chat(head, chat, reply))
+
+
+def test_the_fake_engine_reads_a_request_as_vllm_does() -> None:
+    fields = {**TRANSLATED[-1], "tools": [SQL], "system": [{"type": "text", "text": "s"}]}
+    body = json.loads(json.dumps({**BASE, **fields}))
+    body["messages"][-1]["content"][-1]["content"] = [{"type": "text", "text": "1"}]
+    theirs = vllms_request(body)
+    told = [
+        {key: said.get(key) for key in ("role", "content", "tool_calls") if said.get(key)}
+        for said in theirs.messages
+    ]
+    for said in told:
+        for call in said.get("tool_calls", ()):
+            call.pop("id")
+            call.pop("type")
+    ours = messages.as_chat(body)
+    assert [{k: v for k, v in said.items() if v} for said in ours["messages"]] == told
+    assert ours["tools"][0]["function"] == theirs.tools[0].function.model_dump() | {
+        "strict": None,
+        "defer_loading": None,
+    }

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
-import urllib.error
 import urllib.request
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,8 @@ from openai import OpenAI
 
 from lightning_proxy.store import Fidelity, Span
 from tests.conftest import wait_until
+from tests.vllm.compare import Close as Close
+from tests.vllm.compare import post
 from tests.vllm.conftest import MODEL, WEIGHTS, Served, engine_of, is_ready
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -38,134 +37,6 @@ MESSAGES: Any = [
     {"role": "system", "content": "items(price, stock)"},
     {"role": "user", "content": "What is the highest price?"},
 ]
-NAMED = {"type": "function", "function": {"name": "sql"}}
-CHAT: list[dict[str, Any]] = [
-    {},
-    {"tools": TOOLS},
-    {"tools": TOOLS, "stream": True},
-    {"tools": TOOLS, "stream": True, "stream_options": {"include_usage": True}},
-    {"tools": TOOLS, "tool_choice": "required"},
-    {"tools": TOOLS, "tool_choice": NAMED, "stream": True},
-    {"stream": True},
-    {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
-    {"n": 2, "seed": 1, "temperature": 1.0},
-    {"n": 2, "seed": 1, "temperature": 1.0, "stream": True},
-    {"logprobs": True, "top_logprobs": 2},
-    {"logprobs": True, "stream": True},
-    {"return_token_ids": True},
-    {"return_token_ids": True, "stream": True},
-    {"top_logprobs": 2},
-    {"stop": ["e"]},
-    {"stop": ["e"], "stream": True},
-    {"max_tokens": 99_999},
-    {"messages": []},
-    {"messages": "no list"},
-    {"model": "nobody"},
-    {"unheard_of": {"by": "vLLM"}},
-]
-COMPLETIONS: list[dict[str, Any]] = [
-    {"prompt": "hello"},
-    {"prompt": "hello", "stream": True},
-    {"prompt": "hello", "stream": True, "stream_options": {"include_usage": True}},
-    {"prompt": ["hello", "you"]},
-    {"prompt": ["hello", "you"], "stream": True},
-    {"prompt": [5, 6, 7]},
-    {"prompt": "hello", "logprobs": 2},
-    {"prompt": "hello", "echo": True},
-    {"prompt": "hello", "return_token_ids": True},
-    {"model": "nobody", "prompt": "hello"},
-]
-CALLS = [("/v1/chat/completions", {"messages": MESSAGES, **case}) for case in CHAT]
-CALLS += [("/v1/completions", case) for case in COMPLETIONS]
-
-
-def post(url: str, body: dict[str, Any]) -> tuple[int, dict[str, str], str]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        answer = urllib.request.urlopen(request, timeout=120)
-    except urllib.error.HTTPError as error:
-        answer = error
-    with answer:
-        headers = {k.lower(): v for k, v in answer.headers.items() if k.lower() != "date"}
-        return answer.status, headers, answer.read().decode()
-
-
-def comparable(body: str) -> Any:
-    """An answer without what chance decides: ids drawn, and how many tokens share a chunk.
-
-    vLLM interleaves the choices of a stream and puts as many tokens into a chunk as are ready, so
-    the growing parts of each choice are joined; all else must be the same.
-    """
-    if not body.startswith("data:"):
-        return without_random(json.loads(body))
-    events = [event.removeprefix("data: ") for event in body.split("\n\n") if event]
-    chunks = [without_random(json.loads(event)) for event in events if event != "[DONE]"]
-    choices: dict[int, Any] = {}
-    for chunk in chunks:
-        for choice in chunk.get("choices", ()):
-            choices[choice["index"]] = joined(choices.get(choice["index"]), choice)
-    return {
-        "done": events[-1] == "[DONE]",
-        "choices": choices,
-        "first": chunks[0],
-        "keys": {tuple(chunk) for chunk in chunks},
-        "choice_keys": {tuple(choice) for chunk in chunks for choice in chunk.get("choices", ())},
-        "delta_keys": {
-            tuple(c["delta"]) for chunk in chunks for c in chunk.get("choices", ()) if "delta" in c
-        },
-        "usage": chunks[-1].get("usage"),
-        "errors": [chunk for chunk in chunks if "error" in chunk],
-    }
-
-
-def joined(before: Any, after: Any, key: str = "") -> Any:
-    """Two pieces of a stream as one: text and lists grow, all else is set unless it is null."""
-    if before is None or after is None:
-        return before if after is None else after
-    if isinstance(after, str) and key not in ("id", "type", "role", "name"):
-        return before + after
-    if isinstance(after, dict):
-        return {k: joined(before.get(k), after.get(k), k) for k in {**before, **after}}
-    if isinstance(after, list) and key == "tool_calls":
-        return [joined(a, b) for a, b in zip_longest(before, after)]
-    return before + after if isinstance(after, list) else after
-
-
-def without_random(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: "drawn" if k in ("id", "created") else without_random(v) for k, v in value.items()}
-    if isinstance(value, float):
-        return Close(value)
-    return [without_random(item) for item in value] if isinstance(value, list) else value
-
-
-@pytest.mark.parametrize(("path", "case"), CALLS, ids=lambda part: json.dumps(part)[:60])
-def test_an_agent_gets_what_vllm_itself_would_have_answered(
-    served: Served, path: str, case: dict[str, Any]
-) -> None:
-    body = {"model": MODEL, "temperature": 0, "max_tokens": 40, **case}
-    direct = post(served.engine_url + path, body)
-    through_us = post(served.url + path, body)
-    assert through_us[0] == direct[0]
-    # Ids in error texts and the last digit of logprobs differ from call to call.
-    random_length = body.get("stream") or body.get("logprobs") or direct[0] >= 400
-    skip = {"content-length"} if random_length else set()
-    assert {k: v for k, v in through_us[1].items() if k not in skip} == {
-        k: v for k, v in direct[1].items() if k not in skip
-    }
-    assert comparable(through_us[2]) == comparable(direct[2])
-
-
-class Close(float):
-    """A number that equals what is within the noise of float32: batches are not always cut alike."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, float) and math.isclose(self, other, rel_tol=1e-4, abs_tol=1e-4)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = None  # type: ignore[assignment]  # equality is not transitive
 
 
 def spans_of(served: Served, rollout_id: str) -> list[Span]:

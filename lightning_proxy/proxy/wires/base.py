@@ -89,6 +89,7 @@ class Prepared:
     collector: Collector
     sampling: Json  # the parameters that shape the distribution the tokens come from
     path: str | None = None  # where it goes in place of the agent's path, query excluded
+    fallback: Prepared | None = None  # sent in its place where the engine refuses this one
 
 
 class Wire(ABC):

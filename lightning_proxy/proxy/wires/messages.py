@@ -8,6 +8,7 @@ have put it; every other request goes to the engine's own Messages API, and is r
 from __future__ import annotations
 
 import json
+import logging
 
 import orjson
 
@@ -18,6 +19,7 @@ from .messages_native import NativeMessages
 from .messages_request import NotTranslated, chat_request
 from .translated import TranslatedCollector
 
+log = logging.getLogger(__name__)
 _CHAT = ChatWire()
 _CHAT_PATH = "/v1/chat/completions"
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "max_tokens", "tool_choice")
@@ -41,7 +43,8 @@ def _translated(body: bytes, sampling: Json) -> Prepared | None:
         # Python's own JSON, as in vLLM: integers of any length stay integers.
         chat = chat_request(json.loads(body))
         made = orjson.dumps(chat)
-    except (NotTranslated, ValueError, TypeError, RecursionError):
+    except (NotTranslated, ValueError, TypeError, RecursionError) as why:
+        log.debug("a Messages request stays as it is, and tells no tokens: %s", why)
         return None
     made, asked = _CHAT.ask(made, chat)
     collector = TranslatedCollector(_CHAT.collector(asked), MessagesTranslation())

@@ -139,9 +139,9 @@ class MessagesTranslation(Translation):
 
     def chunk(self, chunk: Json) -> bytes:
         """See :class:`Translation`. Nothing is written of a chunk that is not understood throughout."""
-        chat = msgspec.convert(chunk, _Chunk)
         if self._failed:
             return b""
+        chat = msgspec.convert(chunk, _Chunk)
         if not self._started:
             return self._start(chat)
         if not chat.choices:
@@ -262,9 +262,10 @@ class MessagesTranslation(Translation):
         content type, a missing key) have the same one everywhere, and raise ValueError.
         """
         error = body["error"]
-        if not error["type"].endswith("Error"):
+        kind, message = error["type"], error["message"]
+        if not kind.endswith("Error") or not isinstance(message, str):
             raise ValueError("an error of the server")
-        return {"type": "error", "error": {"type": error["type"], "message": error["message"]}}
+        return {"type": "error", "error": {"type": kind, "message": message}}
 
     def response(self) -> Json:
         """See :class:`Translation`."""

@@ -94,11 +94,10 @@ class TranslatedCollector(Collector):
         data = self._recorded(self._chat.chunk, event.data)
         if data is None:
             return b""
-        chunk = self._translated(orjson.loads, data)
-        if self._chat.failed is not None:
+        if self.failed is None and self._chat.failed is not None:
             self.failed = self._chat.failed
-            return bytes(self._translated(self._translation.failed, chunk["error"]))
-        return bytes(self._translated(self._translation.chunk, chunk))
+            return bytes(self._translated(lambda: self._translation.failed(orjson.loads(data)["error"])))
+        return bytes(self._translated(lambda: self._translation.chunk(orjson.loads(data))))
 
     def refusal(self, body: bytes) -> bytes:
         """See :class:`Collector`. What is no JSON object goes through as it came."""

@@ -1,0 +1,804 @@
+"""Anthropic Messages: what the agent gets is the engine's own answer, what we keep is exact."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_proxy.proxy.attribution import Attribution
+from lightning_proxy.proxy.call import Call as ProxyCall
+from lightning_proxy.proxy.call import parse_request
+from lightning_proxy.proxy.wires import wire_for
+from lightning_proxy.proxy.wires.base import Prepared, Untranslatable
+from lightning_proxy.store import Fidelity, Span
+from tests.conftest import MakeProxy, ProxyThread, wait_until
+from tests.engine import EngineThread, FakeEngine, Script, messages
+from tests.proxy.raw_http import CHAT, CUT, JSON, Answer, Call, recorded, send
+
+MakeEngine = Callable[[FakeEngine], EngineThread]
+Json = dict[str, Any]
+
+MESSAGES = "/v1/messages"
+ASK: Json = {"role": "user", "content": "hello"}
+HELLO: Json = {"model": "policy", "max_tokens": 100, "messages": [ASK]}
+SQL: Json = {"name": "sql", "description": "d", "input_schema": {"properties": {"q": {"type": "string"}}}}
+CALLS = Script(tool_calls=(("sql", '{"query": "SELECT \'é\'", "n": [1, null]}'), ("sql", "{}")))
+TURNS: list[Json] = [
+    ASK,
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "text", "text": "I look."},
+            {"type": "tool_use", "id": "t1", "name": "sql", "input": {"q": "é", "n": 10**20, "f": 1e16}},
+        ],
+    },
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "and now?"},
+            {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "7"}]},
+        ],
+    },
+]
+
+# name: (fields, script); all of these are translated
+TRANSLATED: dict[str, tuple[Json, Script]] = {
+    "text": ({}, Script()),
+    "blocks": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "é😀"}]}]}, Script()),
+    "system": ({"system": "be brief"}, Script()),
+    "system blocks": ({"system": [{"type": "text", "text": "a", "cache_control": {}}]}, Script()),
+    "turns": ({"messages": TURNS, "tools": [SQL]}, Script()),
+    "unicode": ({}, Script(text='naïve 漢字 😀 \u2028 "\\" \x7f\x01')),
+    "nothing": ({}, Script(text="")),
+    "cut by max_tokens": ({"max_tokens": 3}, Script()),
+    "tool calls": ({"tools": [SQL]}, CALLS),
+    "text and tool calls": ({"tools": [SQL]}, CALLS.with_({"text": "é: "})),
+    "big pieces": ({"tools": [SQL]}, CALLS.with_({"text": "é: ", "tokens_per_chunk": 9})),
+    "all at once": ({"tools": [SQL]}, CALLS.with_({"tokens_per_chunk": 500})),
+    "byte by byte": ({}, Script(text="naïve 漢字 😀", split=1)),
+    "CRLF": ({}, Script(line_end="\r\n")),
+    "unknown length": ({}, Script(hidden_length=True)),
+}
+NATIVE: dict[str, Json] = {
+    "inline system message": {"messages": [ASK, {"role": "system", "content": "brief"}, ASK]},
+    "thinking disabled": {"thinking": {"type": "disabled"}},
+    "unknown field": {"unheard_of": 1},
+    "unknown field of a block": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]
+    },
+    "no tools": {"tools": []},
+    "a choice without tools": {"tool_choice": {"type": "auto"}},
+    "a number as text": {"temperature": "0.5"},
+    "a whole number as a fraction": {"max_tokens": 7.0},
+    "a truth as a number": {"temperature": True},
+    "vLLM's own fields": {"cache_salt": "s"},
+}  # fmt: skip
+
+
+def body_of(fields: Json, stream: bool = False) -> bytes:
+    return json.dumps({**HELLO, "stream": stream, **fields}, ensure_ascii=False).encode()
+
+
+def both(engine: EngineThread, proxy: ProxyThread, body: bytes, script: Script) -> Answer:
+    """The answer through the proxy, which is the engine's own."""
+    headers = [*JSON, *script.to_header().items()]
+    straight = send(engine.url, MESSAGES, body, headers)
+    through = send(proxy.url, f"{MESSAGES}?beta=true", body, headers)
+    assert through.end_to_end[:3] == straight.end_to_end[:3]
+    assert unfolded(through.end_to_end[3]) == unfolded(straight.end_to_end[3])
+    return through
+
+
+def unfolded(body: bytes) -> list[bytes] | Any:
+    if body.startswith(b"event:"):
+        return body.replace(b"\r\n", b"\n").split(b"\n\n")
+    return json.loads(body) if body.startswith(b"{") else body
+
+
+def reply_of(engine: EngineThread, body: bytes, script: Script) -> Any:
+    chat = messages.as_chat(json.loads(body))
+    return engine.model.generate(chat, text=script.text, tool_calls=script.tool_calls, tokens=script.tokens)
+
+
+# -- the same answers, and exact spans -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_an_answer_is_the_engines_own_and_its_tokens_are_recorded(
+    engine: EngineThread, proxy: ProxyThread, name: str, stream: bool
+) -> None:
+    fields, script = TRANSLATED[name]
+    body = body_of(fields, stream)
+    answer = both(engine, proxy, body, script)
+    (span,) = recorded(proxy)
+    assert (span.wire, span.status, span.streamed, span.request) == ("messages", 200, stream, body)
+    assert (span.error_class, span.fidelity) == (None, Fidelity.EXACT)
+    (generation,) = span.generations
+    reply = reply_of(engine, body, script)
+    (choice,) = reply.choices
+    assert generation.prompt_token_ids.tolist() == list(reply.prompt_token_ids)
+    assert generation.response_token_ids.tolist() == choice.token_ids
+    assert generation.logprobs.tolist() == pytest.approx(choice.logprobs, abs=1e-6)
+    assert generation.finish_reason == choice.finish_reason
+    check_record(engine, span, answer, body, script)
+
+
+def check_record(engine: EngineThread, span: Span, answer: Answer, body: bytes, script: Script) -> None:
+    """What is recorded is the whole message, with the id that the agent saw."""
+    whole = body.replace(b'"stream": true', b'"stream": false')
+    plain = script.with_({"line_end": "\n", "split": None})
+    expected = send(engine.url, MESSAGES, whole, [*JSON, *plain.to_header().items()]).json
+    kept = json.loads(span.response or b"")
+    if span.streamed:
+        assert kept.pop("stop_sequence") is None
+        # A stream without text has no block of text; a whole answer has an empty one.
+        expected["content"] = [block for block in expected["content"] if block.get("text") != ""]
+    assert {**kept, "id": ""} == {**expected, "id": ""}
+    assert f'"{span.response_id}"'.encode() in answer.body
+    assert span.usage == expected["usage"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", NATIVE)
+def test_what_is_not_understood_throughout_goes_to_the_engines_own_api(
+    engine: EngineThread, proxy: ProxyThread, name: str, stream: bool
+) -> None:
+    body = body_of(NATIVE[name], stream)
+    straight = send(engine.url, MESSAGES, body)
+    through = send(proxy.url, f"{MESSAGES}?beta=true", body)
+    assert through.end_to_end == straight.end_to_end
+    first, second = engine.calls
+    assert (second.target, second.body) == (f"{MESSAGES}?beta=true", first.body)
+    (span,) = recorded(proxy)
+    if through.status == 200:
+        assert (span.error_class, span.fidelity, span.generations) == (None, Fidelity.TEXT, ())
+        assert f'"{span.response_id}"'.encode() in through.body
+        assert span.usage == json.loads(span.response or b"")["usage"]
+    else:
+        assert span.error_class == "upstream_refused"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"[]", b"{", b"\xff", b'{"a": NaN}',
+        body_of({"max_tokens": None}),
+        body_of({"model": "gpt-x"}),
+        body_of({"model": "gpt-x", "thinking": {"type": "disabled"}}),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_the_engines_own(engine: EngineThread, proxy: ProxyThread, body: bytes) -> None:
+    assert both(engine, proxy, body, Script()).status >= 400
+    assert recorded(proxy)[0].error_class == "upstream_refused"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (
+            '{"error": {"message": "too long: é", "type": "BadRequestError", "param": null, "code": 400}}',
+            {"type": "error", "error": {"type": "BadRequestError", "message": "too long: é"}},
+        ),
+        # Errors of the server, not of its handler, have the same shape on every path.
+        ('{"error": {"message": "1 validation error", "type": "Bad Request"}} ', None),
+        ('{"error": "Unauthorized"}', None),
+        ('{"error": {"code": "rate"}} ', None),
+        ('{"error": {"message": null, "type": "InternalServerError"}}', None),
+        ("Internal Server Error", None),
+        ("", None),
+        ("[1]", None),
+    ],
+)  # fmt: skip
+def test_a_refusal_of_chat_is_put_into_the_words_of_messages(
+    engine: EngineThread, proxy: ProxyThread, body: str, expected: Any, stream: bool
+) -> None:
+    script = Script(status=429, body=body, headers={"retry-after": "7", "request-id": "q"})
+    answer = send(proxy.url, MESSAGES, body_of({}, stream), [*JSON, *script.to_header().items()])
+    assert (answer.status, answer.header("retry-after"), answer.header("request-id")) == (429, "7", "q")
+    assert (answer.json if expected else answer.body) == (expected or body.encode())
+    assert recorded(proxy)[0].error_class == "upstream_refused"
+
+
+def test_arguments_that_are_no_json_are_refused_as_by_the_engine_and_kept_as_tokens(
+    engine: EngineThread, proxy: ProxyThread
+) -> None:
+    script = Script(tool_calls=(("sql", '{"q": '),))
+    answer = send(proxy.url, MESSAGES, body_of({"tools": [SQL]}), [*JSON, *script.to_header().items()])
+    assert (answer.status, answer.reason) == (400, "Bad Request")
+    message = "Expecting value: line 1 column 7 (char 6)"
+    assert answer.json == {"type": "error", "error": {"type": "BadRequestError", "message": message}}
+    (span,) = recorded(proxy)
+    assert (span.status, span.error_class, span.fidelity) == (400, "upstream_refused", Fidelity.INCOMPLETE)
+    assert len(span.generations) == 1
+
+
+def test_a_chain_of_turns_reads_what_was_written(engine: EngineThread, proxy: ProxyThread) -> None:
+    turns: list[Json] = [ASK]
+    for _ in range(3):
+        script = Script(tool_calls=(("sql", '{"q": 1}'),))
+        answer = send(
+            proxy.url,
+            f"/rollout/r1{MESSAGES}",
+            body_of({"messages": turns, "tools": [SQL]}),
+            [*JSON, *script.to_header().items()],
+        ).json
+        (call,) = answer["content"]
+        result = {"type": "tool_result", "tool_use_id": call["id"], "content": "7"}
+        turns += [{"role": "assistant", "content": answer["content"]}, {"role": "user", "content": [result]}]
+    first, second, third = (span.generations[0] for span in recorded(proxy, 3))
+    for earlier, later in ((first, second), (second, third)):
+        read = [*earlier.prompt_token_ids, *earlier.response_token_ids]
+        assert list(later.prompt_token_ids[: len(read)]) == read
+
+
+def test_the_headers_of_the_agent_reach_the_engine_and_its_sampling_is_recorded(
+    engine: EngineThread, proxy: ProxyThread
+) -> None:
+    agents = [
+        ("x-api-key", "sk-ant-1"),
+        ("authorization", "Bearer t"),
+        ("anthropic-version", "2023-06-01"),
+        ("anthropic-beta", "a-1,b-2"),
+    ]
+    choice = {"type": "any"}
+    fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "stop_sequences": ["x"], "tools": [SQL]}
+    send(proxy.url, f"{MESSAGES}?beta=true", body_of({**fields, "tool_choice": choice}), [*JSON, *agents])
+    (seen,) = engine.calls
+    assert (seen.method, seen.target) == ("POST", CHAT)
+    assert [pair for pair in seen.headers if pair[0] in dict(agents)] == agents
+    (span,) = recorded(proxy)
+    assert span.sampling == {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 3, "max_tokens": 100, "tool_choice": choice, "stop": ["x"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reward_finds_its_call_by_the_id_that_the_agent_saw(
+    engine: EngineThread, proxy: ProxyThread, stream: bool
+) -> None:
+    answer = send(proxy.url, f"/rollout/r1{MESSAGES}", body_of({}, stream))
+    seen = (answer.events[0]["message"] if stream else answer.json)["id"]
+    given = send(proxy.url, "/reward", {"value": 1, "response_id": seen})
+    (span,) = recorded(proxy)
+    assert (given.status, given.json["span_id"], given.json["rollout_id"]) == (201, span.span_id, "r1")
+
+
+def test_tokens_are_counted_as_they_are_read(engine: EngineThread, proxy: ProxyThread) -> None:
+    body = body_of({"messages": TURNS, "tools": [SQL], "system": "s"})
+    counted = send(proxy.url, f"{MESSAGES}/count_tokens?beta=true", body).json["input_tokens"]
+    assert send(proxy.url, MESSAGES, body).json["usage"]["input_tokens"] == counted
+    (span,) = recorded(proxy)
+    assert len(span.generations[0].prompt_token_ids) == counted
+    assert [request.target for request in engine.requests if request.path != "/v1/models"] == [
+        f"{MESSAGES}/count_tokens?beta=true",
+        CHAT,
+    ]
+
+
+# -- trouble -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["close", "reset"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"unheard_of": 1}], ids=["translated", "native"])
+def test_an_answer_that_is_cut_is_cut_for_the_agent_too(
+    engine: EngineThread, proxy: ProxyThread, fields: Json, by: Any, stream: bool
+) -> None:
+    script = Script(cut_after=9, cut_by=by)
+    with pytest.raises(CUT):
+        send(proxy.url, MESSAGES, body_of(fields, stream), [*JSON, *script.to_header().items()])
+    (span,) = recorded(proxy)
+    assert (span.error_class, span.fidelity, span.response) == ("cut_stream", Fidelity.INCOMPLETE, None)
+
+
+TROUBLE = {
+    "garbage": (Script(garbage=True), True),
+    "garbage in place of a whole answer": (Script(garbage=True), False),
+    "no [DONE]": (Script(without_done=True), True),
+    "no chat at all": (Script(status=200, body='{"object": "list"}'), False),
+    "an answer without choices": (
+        Script(status=200, body='{"id": "x", "model": "m", "choices": [], "usage": {}}'),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_an_answer_that_cannot_be_translated_is_no_clean_end(
+    engine: EngineThread, proxy: ProxyThread, name: str
+) -> None:
+    script, stream = TROUBLE[name]
+    got = bytearray()
+    headers = [*JSON, *script.to_header().items()]
+    with pytest.raises(CUT), Call(proxy.url, MESSAGES, body_of({}, stream), headers) as call:
+        call.drain(got)
+    assert b"message_stop" not in got
+    assert b"choices" not in got
+    (span,) = recorded(proxy)
+    assert (span.error_class, span.fidelity) == ("cut_stream", Fidelity.INCOMPLETE)
+
+
+def test_an_error_inside_a_stream_is_an_error_event_and_no_end(
+    engine: EngineThread, proxy: ProxyThread
+) -> None:
+    script = Script(error_after=4)
+    answer = send(proxy.url, MESSAGES, body_of({}, True), [*JSON, *script.to_header().items()])
+    kinds = [event["type"] for event in answer.events]
+    assert kinds == ["message_start", "content_block_start", *["content_block_delta"] * 3, "error"]
+    assert answer.events[-1]["error"] == {"type": "internal_error", "message": "the engine failed"}
+    assert recorded(proxy)[0].error_class == "engine_error"
+
+
+@pytest.mark.parametrize("fields", [{}, {"unheard_of": 1}], ids=["translated", "native"])
+def test_an_agent_that_hangs_up_stops_the_generation(
+    engine: EngineThread, proxy: ProxyThread, fields: Json
+) -> None:
+    engine.script(Script(chunk_delay_s=0.05), path=MESSAGES if fields else CHAT)
+    with Call(proxy.url, MESSAGES, body_of(fields, True)) as call:
+        call.read_until(b"text_delta")
+        call.hang_up()
+    wait_until(lambda: engine.calls[0].aborted)
+    assert recorded(proxy)[0].error_class == "client_disconnect"
+
+
+def test_an_agent_that_hangs_up_after_the_end_has_had_a_whole_answer(
+    engine: EngineThread, proxy: ProxyThread
+) -> None:
+    with Call(proxy.url, MESSAGES, body_of({}, True)) as call:
+        call.read_until(b'data: {"type":"message_stop"}\n\n')
+        call.hang_up()
+    wait_until(lambda: engine.calls[0].answered)
+    (span,) = recorded(proxy)
+    assert (span.error_class, span.fidelity) == (None, Fidelity.EXACT)
+
+
+# -- other engines -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_upstream_that_is_no_vllm_is_never_asked_for_tokens(
+    make_engine: MakeEngine, make_proxy: MakeProxy, stream: bool
+) -> None:
+    engine = make_engine(FakeEngine(owner="anthropic", refuse_token_ids=True))
+    proxy = make_proxy(engine.base_url)
+    body, script = body_of({"tools": [SQL]}, stream), CALLS.with_({"text": "é: "})
+    headers = [*JSON, *script.to_header().items()]
+    straight = send(engine.url, MESSAGES, body, headers)
+    through = send(proxy.url, f"{MESSAGES}?beta=true", body, headers)
+    assert through.end_to_end == straight.end_to_end
+    assert (engine.calls[1].target, engine.calls[1].body) == (f"{MESSAGES}?beta=true", body)
+    (span,) = recorded(proxy)
+    assert (span.fidelity, span.error_class, span.generations) == (Fidelity.TEXT, None, ())
+    check_record(engine, span, through, body, script)
+
+
+ANTHROPICS = """\
+event: message_start
+data: {"type": "message_start", "message": {"id": "msg_1", "type": "message", "role": "assistant", \
+"content": [], "model": "claude", "stop_reason": null, "usage": {"input_tokens": 5, "output_tokens": 1}}}
+
+event: content_block_start
+data: {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": ""}}
+
+event: ping
+data: {"type": "ping"}
+
+event: content_block_delta
+data: {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "hm"}}
+
+event: content_block_delta
+data: {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": "s"}}
+
+event: content_block_stop
+data: {"type": "content_block_stop", "index": 0}
+
+event: content_block_start
+data: {"type": "content_block_start", "index": 1, "content_block": {"type": "text", "text": ""}}
+
+event: content_block_delta
+data: {"type": "content_block_delta", "index": 1, "delta": {"type": "citations_delta", "citation": {"n": 1}}}
+
+event: content_block_delta
+data: {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "a"}}
+
+event: content_block_delta
+data: {"type": "content_block_delta", "index": 1, "delta": {"type": "of_tomorrow", "x": 1}}
+
+event: content_block_stop
+data: {"type": "content_block_stop", "index": 1}
+
+event: content_block_start
+data: {"type": "content_block_start", "index": 2, "content_block": {"type": "tool_use", "id": "t", \
+"name": "sql", "input": {}}}
+
+event: content_block_delta
+data: {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", \
+"partial_json": "{\\"q\\""}}
+
+event: content_block_delta
+data: {"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", \
+"partial_json": ": 1}"}}
+
+event: content_block_stop
+data: {"type": "content_block_stop", "index": 2}
+
+event: message_delta
+data: {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": null}, \
+"usage": {"output_tokens": 9}}
+
+event: message_stop
+data: {"type": "message_stop"}
+
+"""
+
+
+def prepared(body: bytes, *, tokens: bool = True) -> Prepared:
+    wire = wire_for("POST", MESSAGES)
+    assert wire is not None
+    request = parse_request(body)
+    return wire.prepare(body, request, tokens=tokens and bool(request))
+
+
+def begin(body: bytes, *, tokens: bool = True, streamed: bool = True) -> ProxyCall:
+    wire = wire_for("POST", MESSAGES)
+    assert wire is not None
+    ready = prepared(body, tokens=tokens)
+    call = ProxyCall(wire, body, parse_request(body), ready, Attribution("r1"))
+    call.status, call.streamed = 200, streamed
+    return call
+
+
+def test_a_stream_of_anthropics_own_is_put_together_for_the_record() -> None:
+    call = begin(body_of({}, True), tokens=False)
+    raw = ANTHROPICS.encode()
+    assert b"".join(call.feed(raw[i : i + 50]) for i in range(0, len(raw), 50)) == raw
+    assert call.ended
+    span = call.span(policy_version_end=None)
+    assert (span.error_class, span.fidelity, span.response_id) == (None, Fidelity.TEXT, "msg_1")
+    assert span.usage == {"input_tokens": 5, "output_tokens": 9}
+    message = json.loads(span.response or b"")
+    assert (message["stop_reason"], message["model"]) == ("tool_use", "claude")
+    assert message["content"] == [
+        {"type": "thinking", "thinking": "hm", "signature": "s"},
+        {"type": "text", "text": "a", "citations": [{"n": 1}]},
+        {"type": "tool_use", "id": "t", "name": "sql", "input": {"q": 1}},
+    ]
+
+
+@pytest.mark.parametrize("end", [b"", b'event: error\ndata: {"type": "error", "error": {"type": "o"}}\n\n'])
+def test_a_stream_of_anthropics_own_that_breaks_off_is_not_taken_for_whole(end: bytes) -> None:
+    call = begin(body_of({}, True), tokens=False)
+    raw = ANTHROPICS.encode()
+    raw = raw[: raw.index(b"event: message_delta")] + end
+    assert call.feed(raw) + call.finish_stream() == raw
+    span = call.span(policy_version_end=None)
+    assert (span.error_class, span.response) == ("engine_error" if end else "cut_stream", None)
+
+
+# -- what the fake engine never says or is asked -------------------------------------------------
+
+
+def chunk_of(delta: Json, **choice: Any) -> Json:
+    choices = [{"index": 0, "delta": delta, "finish_reason": None, **choice}]
+    return {"id": "chatcmpl-1", "model": "m", "choices": choices, "usage": {"prompt_tokens": 7}}
+
+
+def call_delta(index: int, arguments: str, call_id: str | None = None) -> Json:
+    named = {"id": call_id, "type": "function"} if call_id else {}
+    function = {"name": "sql", "arguments": arguments} if call_id else {"arguments": arguments}
+    return {"index": index, **named, "function": function}
+
+
+def test_thoughts_text_and_calls_are_blocks_one_after_the_other() -> None:
+    call = begin(body_of({}, True))
+    chunks = [
+        chunk_of({"role": "assistant", "content": ""}),
+        chunk_of({"reasoning": "hm"}),
+        chunk_of({"reasoning": "", "content": "I look."}),
+        chunk_of({"tool_calls": [call_delta(0, '{"q"', "c0")]}),
+        chunk_of({"content": "meanwhile"}),
+        chunk_of({"tool_calls": [call_delta(0, ": 1}"), call_delta(1, "{}", "c1")]}),
+        chunk_of({}, finish_reason="stop", stop_reason="END"),
+        {
+            **chunk_of({}),
+            "choices": [],
+            "usage": {
+                "prompt_tokens": 7,
+                "completion_tokens": 9,
+                "prompt_tokens_details": {"cached_tokens": 4, "created_cache_tokens": 1},
+            },
+        },
+    ]
+    stream = b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks)
+    got = call.feed(stream + b"data: [DONE]\n\n").decode()
+    signature = re.search(r'"signature":"([0-9a-f]{32})"', got)
+    assert signature is not None
+    events = [
+        json.loads(line.removeprefix("data: ")) for line in got.split("\n") if line.startswith("data: ")
+    ]
+    spoken = [(e["type"].removeprefix("content_block_"), e.get("index"), told(e)) for e in events]
+    usage = {"input_tokens": 2, "output_tokens": 9}
+    usage |= {"cache_creation_input_tokens": 1, "cache_read_input_tokens": 4}
+    assert spoken == [
+        ("message_start", None, {"input_tokens": 7, "output_tokens": 0}),
+        ("start", 0, {"type": "thinking", "thinking": ""}),
+        ("delta", 0, {"type": "thinking_delta", "thinking": "hm"}),
+        ("delta", 0, {"type": "signature_delta", "signature": signature.group(1)}),
+        ("stop", 0, None),
+        ("start", 1, {"type": "text", "text": ""}),
+        ("delta", 1, {"type": "text_delta", "text": "I look."}),
+        ("stop", 1, None),
+        ("start", 2, {"type": "tool_use", "id": "c0", "name": "sql", "input": {}}),
+        ("delta", 2, {"type": "input_json_delta", "partial_json": '{"q"'}),
+        ("delta", 2, {"type": "input_json_delta", "partial_json": ": 1}"}),
+        ("stop", 2, None),
+        ("start", 3, {"type": "text", "text": ""}),
+        ("delta", 3, {"type": "text_delta", "text": "meanwhile"}),
+        ("stop", 3, None),
+        ("start", 4, {"type": "tool_use", "id": "c1", "name": "sql", "input": {}}),
+        ("delta", 4, {"type": "input_json_delta", "partial_json": "{}"}),
+        ("stop", 4, None),
+        ("message_delta", None, {"stop_reason": "stop_sequence", "stop_sequence": "END"}),
+        ("message_stop", None, None),
+    ]
+    assert events[-2]["usage"] == usage
+    kept = json.loads(call.span(policy_version_end=0).response or b"")
+    assert [block["type"] for block in kept["content"]] == [
+        "thinking",
+        "text",
+        "tool_use",
+        "text",
+        "tool_use",
+    ]
+    assert (kept["content"][2]["input"], kept["stop_sequence"]) == ({"q": 1}, "END")
+
+
+def told(event: Json) -> Any:
+    """The part of an event that is its own."""
+    message = event.get("message")
+    return message["usage"] if message else event.get("content_block") or event.get("delta")
+
+
+def test_a_whole_answer_with_thoughts_and_a_stop_sequence() -> None:
+    call = begin(body_of({}), streamed=False)
+    function = {"name": "sql", "arguments": '{"n": 100000000000000000000, "é": null}'}
+    message: Json = {"role": "assistant", "content": "t", "reasoning": "hm"}
+    message["tool_calls"] = [{"id": "c0", "type": "function", "function": function}]
+    answer = chunk_of({}) | {"choices": [{"message": message, "finish_reason": "stop", "stop_reason": "x"}]}
+    got = call.whole(orjson.dumps(answer))
+    made = json.loads(got)
+    assert len(made["content"][0].pop("signature")) == 32
+    assert made == {
+        "id": "chatcmpl-1",
+        "type": "message",
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "hm"},
+            {"type": "text", "text": "t"},
+            {"type": "tool_use", "id": "c0", "name": "sql", "input": {"n": 10**20, "é": None}},
+        ],
+        "model": "m",
+        "stop_reason": "stop_sequence",
+        "stop_sequence": "x",
+        "usage": {"input_tokens": 7, "output_tokens": 0},
+    }
+    assert call.span(policy_version_end=0).response == got
+
+
+def test_every_block_that_a_request_may_hold_finds_its_place() -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA"}}
+    linked = {"type": "image", "source": {"type": "url", "url": "https://x"}}
+    result: Json = {"type": "tool_result", "tool_use_id": "t1", "is_error": True}
+    result["content"] = [{"type": "text", "text": "1"}, linked, {"type": "text", "text": "2"}]
+    result["content"].append({"type": "tool_reference", "tool_name": "sql"})
+    use = {"type": "tool_use", "id": "t1", "name": "sql", "input": {"é": 1e16}, "caller": {"type": "direct"}}
+    thought = {"type": "thinking", "thinking": "hm", "signature": "s"}
+    fields = {
+        "system": [{"type": "text", "text": "x-anthropic-billing-header: 1"}, {"type": "text", "text": "s"}],
+        "messages": [
+            {"role": "user", "content": [image, {"type": "text", "text": ""}, {"type": "text", "text": "q"}]},
+            {"role": "assistant", "content": [thought, {"type": "redacted_thinking", "data": "x"}, use]},
+            {"role": "user", "content": [result]},
+        ],
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "max_tokens": 2000,
+        "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {"a": 1}}},
+    }
+    chat = orjson.loads(prepared(body_of(fields)).body)
+    function = {"name": "sql", "arguments": '{"\\u00e9": 1e+16}'}
+    assert chat["messages"] == [
+        {"role": "system", "content": "s"},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}},
+                {"type": "text", "text": "q"},
+            ],
+        },
+        {
+            "role": "assistant",
+            "reasoning": "hm",
+            "tool_calls": [{"id": "t1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "t1", "content": "1\n2"},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x"}}]},
+        {"role": "tool", "tool_call_id": "t1", "content": [{"type": "tool_reference", "name": "sql"}]},
+    ]
+    named = {"name": "json_schema", "schema": {"a": 1}}
+    assert chat["response_format"] == {"type": "json_schema", "json_schema": named}
+    assert (chat["reasoning_effort"], chat["thinking_token_budget"]) == ("low", 1024)
+    assert chat["max_tokens"] == chat["max_completion_tokens"] == 2000
+
+
+# -- whatever comes ------------------------------------------------------------------------------
+
+
+def test_only_a_post_to_messages_itself_is_captured() -> None:
+    paths = [MESSAGES, f"{MESSAGES}/", f"{MESSAGES}/count_tokens", f"{MESSAGES}/batches"]
+    found = [(m, path) for m in ("GET", "HEAD", "POST") for path in paths if wire_for(m, path)]
+    assert found == [("POST", MESSAGES)]
+
+
+def test_an_engine_that_cannot_be_asked_gets_the_agents_own_bytes() -> None:
+    body = b' {"model" : "policy", "max_tokens":1,"messages":[{"role":"user","content":"\\u00e9"}]}\n'
+    assert (prepared(body, tokens=False).body, prepared(body, tokens=False).path) == (body, None)
+    assert prepared(body).path == CHAT
+
+
+@pytest.mark.parametrize("depth", [300, 900, 1100, 20_000])
+def test_a_request_of_any_depth_is_prepared(depth: int) -> None:
+    nest = b'{"a":' * depth + b"1" + b"}" * depth
+    tool = b'{"name":"t","input_schema":' + nest + b"}"
+    body = body_of({})[:-1] + b',"tools":[' + tool + b"]}"
+    ready = prepared(body)
+    assert nest in ready.body
+    assert (ready.path is None) == (ready.body == body)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2000) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "type",
+                    "text",
+                    "role",
+                    "content",
+                    "name",
+                    "input",
+                    "input_schema",
+                    "source",
+                    "thinking",
+                    "x",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    [
+        "model",
+        "messages",
+        "max_tokens",
+        "metadata",
+        "output_config",
+        "thinking",
+        "stop_sequences",
+        "stream",
+        "system",
+        "temperature",
+        "tool_choice",
+        "tools",
+        "top_k",
+        "top_p",
+        "chat_template_kwargs",
+    ]
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(FIELDS, VALUES, max_size=3))
+def test_no_shape_of_a_request_makes_preparing_fail(fields: Json) -> None:
+    body = json.dumps({**HELLO, **fields}, allow_nan=True).encode()
+    ready = prepared(body)
+    if ready.path is None:
+        assert ready.body == body
+    else:
+        chat = orjson.loads(ready.body)
+        assert chat["return_token_ids"] is chat["logprobs"] is True
+
+
+TEXTS = st.sampled_from([None, "", "a", "é\n\n"])
+CALL_DELTA = st.fixed_dictionaries(
+    {"index": st.integers(0, 1)},
+    optional={
+        "id": TEXTS,
+        "function": st.none() | st.fixed_dictionaries({}, optional={"name": TEXTS, "arguments": TEXTS}),
+    },
+)
+GOOD_DELTA = st.fixed_dictionaries(
+    {}, optional={"content": TEXTS, "reasoning": TEXTS, "tool_calls": st.lists(CALL_DELTA, max_size=3)}
+)
+ANY = st.one_of(
+    VALUES, st.dictionaries(st.sampled_from(["content", "tool_calls", "reasoning"]), VALUES, max_size=3)
+)
+CHOICE = st.fixed_dictionaries(
+    {"index": st.just(0) | VALUES},
+    optional={
+        "delta": GOOD_DELTA | GOOD_DELTA | ANY,
+        "finish_reason": st.sampled_from([None, "stop", 7]),
+        "stop_reason": st.sampled_from([None, 3, "x", []]),
+        "token_ids": st.lists(st.integers(0, 9), max_size=2) | VALUES,
+    },
+)
+CHUNK = st.one_of(
+    VALUES,
+    st.fixed_dictionaries(
+        {
+            "id": st.just("x") | VALUES,
+            "model": st.just("m") | VALUES,
+            "choices": st.lists(CHOICE, max_size=2),
+        },
+        optional={"usage": VALUES, "error": VALUES},
+    ),
+    st.fixed_dictionaries({"error": st.fixed_dictionaries({"message": VALUES})}),
+)
+FIRST: Json = {
+    "id": "x",
+    "model": "m",
+    "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}],
+}
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.booleans(), st.lists(CHUNK, max_size=6))
+def test_no_shape_of_a_chunk_makes_half_an_event_or_a_false_end(begun: bool, chunks: list[Any]) -> None:
+    call = begin(body_of({}, True))
+    got, cut = b"", False
+    try:
+        for chunk in [FIRST] * begun + chunks:
+            got += call.feed(b"data: " + orjson.dumps(chunk) + b"\n\n")
+        got += call.feed(b"data: [DONE]\n\n") + call.finish_stream()
+    except Untranslatable:
+        cut = True
+    *events, rest = got.split(b"\n\n")
+    assert rest == b""
+    kinds = []
+    for event in events:
+        matched = re.fullmatch(rb"event: (\w+)\ndata: (.*)", event)
+        assert matched is not None, event
+        kinds.append(json.loads(matched.group(2))["type"])
+        assert kinds[-1] == matched.group(1).decode()
+    # The end is said exactly where everything was understood and nothing failed.
+    assert ("message_stop" in kinds) == (not cut and "error" not in kinds)
+    assert kinds.count("message_start") <= 1
+    opened = kinds.count("content_block_start") - kinds.count("content_block_stop")
+    assert opened == 0 if "message_stop" in kinds else 0 <= opened <= 1
+    call.span(policy_version_end=0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(VALUES | st.fixed_dictionaries({"id": VALUES, "model": VALUES, "choices": VALUES, "usage": VALUES}))
+def test_no_shape_of_an_answer_is_passed_on_untranslated(answer: Any) -> None:
+    call = begin(body_of({}), streamed=False)
+    try:
+        got = json.loads(call.whole(orjson.dumps(answer)))
+    except Untranslatable:
+        assert not call.ended
+    else:
+        assert got["type"] in ("message", "error")
+    call.span(policy_version_end=0)
