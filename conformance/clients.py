@@ -66,9 +66,7 @@ CLIENTS: tuple[Client, ...] = (
         replies=PARSED,
         core=True,
     ),
-    _in_core(
-        "openai-responses", "openai", "openai_responses.py", "responses: create, stream", "responses", "none"
-    ),
+    _in_core("openai-responses", "openai", "openai_responses.py", "responses: create, stream", "responses"),
     _in_core(
         "openai-agents",
         "openai-agents",
@@ -84,7 +82,6 @@ CLIENTS: tuple[Client, ...] = (
         "openai_agents.py",
         "Runner, responses (its default)",
         "responses",
-        "none",
         arguments=("responses",),
         variables=_NO_TRACES,
     ),
@@ -112,7 +109,6 @@ CLIENTS: tuple[Client, ...] = (
         "pydantic_ai_agent.py",
         "Agent, openai: (its default)",
         "responses",
-        "none",
         arguments=("openai:policy",),
     ),
     Client(
@@ -138,7 +134,6 @@ CLIENTS: tuple[Client, ...] = (
         "agent_framework_agent.py",
         "Agent, OpenAIChatClient",
         "responses",
-        "none",
         requires=("agent-framework-core", "agent-framework-openai"),
         arguments=("responses",),
     ),
@@ -195,7 +190,6 @@ CLIENTS: tuple[Client, ...] = (
         "vercel_ai",
         "generateText, streamText, openai() (its default)",
         "responses",
-        "none",
         env="vercel-ai",
         arguments=("responses",),
         note="`store: false`, or it refers to items that vLLM does not keep",
@@ -213,7 +207,7 @@ CLIENTS: tuple[Client, ...] = (
         "openai_agents_js",
         "run, responses (its default)",
         "responses",
-        "none",
+        streams="never",
         env="openai-agents-js",
         arguments=("responses",),
         note="streamed, 0.20.0 refuses the lists in vLLM's `usage`, with the proxy and without",
@@ -224,7 +218,7 @@ CLIENTS: tuple[Client, ...] = (
         "codex",
         "codex exec, its shell",
         "responses",
-        "none",
+        "text",  # natively, a call of tools alone has no logprobs; its tools keep it from being translated
         streams="always",
         variables={"CODEX_API_KEY": "any"},
         note='`--config openai_base_url="..."` in place of the variable',
