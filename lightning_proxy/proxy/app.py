@@ -157,11 +157,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         tasks=tasks,
         hold_timeout_s=proxy.hold_timeout_s,
     )
-    metrics.watch("held_calls", "Calls waiting for the engine", lambda: hold.waiting)
-    metrics.watch("spans_pending", "Spans waiting to be committed", lambda: writer.pending)
-    metrics.watch("spans_dropped", "Spans given up because too many waited", lambda: writer.dropped)
-    metrics.watch("policy_version", "Version that the engine runs, -1 where unknown",
-                  lambda: -1 if (v := switch.version_of(settings.policy.name)) is None else v)  # fmt: skip
+    _watch(metrics, hold, writer, lambda: switch.version_of(settings.policy.name))
     return Parts(
         settings,
         metrics,
@@ -176,6 +172,15 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         tasks,
         forwarder,
     )
+
+
+def _watch(metrics: Metrics, hold: Hold, writer: Writer, version: Callable[[], int | None]) -> None:
+    """Numbers that are read when somebody looks."""
+    metrics.watch("held_calls", "Calls waiting for the engine", lambda: hold.waiting)
+    metrics.watch("spans_pending", "Spans waiting to be committed", lambda: writer.pending)
+    metrics.watch("spans_dropped", "Spans given up because too many waited", lambda: writer.dropped)
+    metrics.watch("policy_version", "Version that the engine runs, -1 where unknown",
+                  lambda: -1 if (v := version()) is None else v)  # fmt: skip
 
 
 def open_store(settings: Settings) -> Store:

@@ -84,6 +84,8 @@ class ResponsesProbe:
 
     async def _learn(self, http: aiohttp.ClientSession, model: str) -> Habits:
         shell = await self._one_token(http, model)
+        if not (shell.get("input_messages") and shell["input_messages"][0].get("tokens")):
+            return Habits(asks=False)
         tool = shell["tools"][0]
         messages = [item for item in shell["output"] if item["type"] == "message"]
         known = shell.keys() == _SHELL and tool.keys() == _TOOL

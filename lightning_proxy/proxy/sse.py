@@ -55,6 +55,10 @@ def _data_of(text: bytes) -> bytes | None:
     """The data of an event without its blank line."""
     if text.startswith(b"data: ") and b"\n" not in text and b"\r" not in text:
         return text[6:]  # a single data line: what engines send
+    if text.startswith(b"event: ") and text.count(b"\n") == 1 and b"\r" not in text:
+        data = text.partition(b"\ndata: ")[2]  # the same with a name before it
+        if data:
+            return data
     lines: list[bytes] = []
     for line in _LINE_END.split(text):
         if line.startswith(b"data:"):
@@ -69,6 +73,8 @@ def with_data(event: Event, data: bytes) -> bytes:
     only_data = event.data is not None and len(raw) == len(event.data) + 8 and raw.startswith(b"data: ")
     if only_data and raw.endswith(b"\n\n"):
         return encode_event(data)
+    if event.data and raw.endswith(b"\ndata: " + event.data + b"\n\n"):
+        return raw[: -len(event.data) - 2] + data + b"\n\n"
     made, lines, line_ends = [], _LINE_END.split(raw), _LINE_END.findall(raw)
     for line, line_end in zip(lines, line_ends, strict=False):
         if not line.startswith(b"data:"):

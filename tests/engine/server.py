@@ -315,7 +315,7 @@ class FakeEngine:
 
     async def _count_tokens(self, request: Request, connection: Connection) -> None:
         try:
-            read = len(self.model.prompt_ids(messages.as_chat(request.json)))
+            read = len(self.model.prompt_ids(messages.as_chat(json.loads(request.body))))
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             await connection.answer_json(400, shapes.error(400, f"{type(error).__name__}: {error}"))
             return

@@ -13,7 +13,6 @@ from openai import OpenAI
 
 from lightning_proxy.store import Fidelity, Span
 from tests.conftest import wait_until
-from tests.vllm.compare import Close as Close
 from tests.vllm.compare import post
 from tests.vllm.conftest import MODEL, WEIGHTS, Served, engine_of, is_ready
 

@@ -10,8 +10,9 @@ from openai import OpenAI
 
 from lightning_proxy.store import Fidelity, Span
 from tests.responses_compare import comparable
+from tests.vllm.compare import Close, post
 from tests.vllm.conftest import MODEL, Served
-from tests.vllm.test_real_engine import Close, post, spans_of
+from tests.vllm.test_real_engine import spans_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

@@ -66,7 +66,7 @@ class ChoicesWire(Wire):
         if asked.logprobs:
             extra["logprobs"] = self.ask_logprobs
         try:
-            return _with_fields(body, request, extra), asked
+            return with_fields(body, request, extra), asked
         except TypeError:  # nested deeper than orjson writes
             return body, Asked()
 
@@ -276,7 +276,8 @@ def _decoded(value: Raw | None) -> Any:
     return None if value is None else _ANY.decode(value)
 
 
-def _with_fields(body: bytes, request: Json, extra: Json) -> bytes:
+def with_fields(body: bytes, request: Json, extra: Json) -> bytes:
+    """A request's body (``request``: the same, parsed) with more fields. Raises TypeError."""
     if not extra:
         return body
     if request and not any(key in request for key in extra):

@@ -17,7 +17,7 @@ from lightning_proxy.store import Fidelity, Generation
 
 from .base import Captured, Collector, Json, Prepared, Wire, packed, sampling_of
 from .chat import ChatWire
-from .choices import SAMPLING_KEYS, Asked
+from .choices import SAMPLING_KEYS, Asked, with_fields
 from .responses_answer import ResponsesTranslated, ResponsesTranslation
 from .responses_request import LOGPROBS, Habits, translate
 
@@ -69,7 +69,7 @@ def _native(request: Json, sampling: Json, plain: Prepared) -> Prepared:
         if request.get("top_logprobs"):
             extra["top_logprobs"] = 0  # they count only for who asks for logprobs
     try:
-        body = orjson.dumps({**request, **extra})
+        body = with_fields(plain.body, request, extra)
     except TypeError:  # nested deeper than orjson writes
         return plain
     return Prepared(body, NativeCollector(asked), sampling, fallback=plain)

@@ -306,7 +306,9 @@ class ResponsesTranslation(Translation):
         for event in events:
             event["sequence_number"] = self._number
             self._number += 1
-            ordered = {key: event[key] for key in sorted(event, key=lambda key: (key == "name", key))}
+            ordered = dict(sorted(event.items()))
+            if "name" in ordered:  # vLLM writes it last
+                ordered["name"] = ordered.pop("name")
             sent.append(b"event: " + event["type"].encode() + b"\ndata: " + orjson.dumps(ordered) + b"\n\n")
         return b"".join(sent)
 
