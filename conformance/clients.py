@@ -221,7 +221,7 @@ CLIENTS: tuple[Client, ...] = (
         "text",  # natively, a call of tools alone has no logprobs; its tools keep it from being translated
         streams="always",
         variables={"CODEX_API_KEY": "any"},
-        note='`--config openai_base_url="..."` in place of the variable',
+        note='`--config openai_base_url="..."` in place of the variable; calls of tools alone are `text`',
         replies=CODEX,
     ),
     _npm(
@@ -233,6 +233,7 @@ CLIENTS: tuple[Client, ...] = (
         "text",  # its inline system messages are not translated
         streams="always",
         variables={"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
+        note="`text`: it sends system messages within the conversation, which are not translated",
         replies=CLAUDE_CODE,
     ),
 )

@@ -30,8 +30,7 @@ last table says. The model is the fake engine of the tests, which answers as vLL
 
 *Passed* means: the agent ended well, called its tool as it should and printed the right answers; it made the
 same calls and printed the same, character for character, straight before the engine; and every call that it
-made through the proxy is a span, as shown under *captured as*. `none` there: that API is forwarded unread so
-far.
+made through the proxy is a span, as shown under *captured as*.
 
 ```
 make conformance                                  # all clients
@@ -42,9 +41,10 @@ make conformance ARGS="--fresh"                   # in new environments, with th
 _ATTRIBUTION = """
 ## Runs that nobody told apart
 
-The same trials: several tasks at once in one process, no ids in path, headers or keys. A call is *right* when
-it lies in its own run's rollout, that is in the one with most calls of that run; of a run whose calls are all
-apart, one call counts. *Mixed* rollouts hold calls of more than one run: there must be none.
+The same trials: several tasks at once in one process, and no ids in path, headers or keys but those that
+coding agents send by themselves. A call is *right* when it lies in its own run's rollout, that is in the one
+with most calls of that run; of a run whose calls are all apart, one call counts. *Mixed* rollouts hold calls
+of more than one run: there must be none.
 """
 _SETTINGS = """
 ## What else a client needs
