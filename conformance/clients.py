@@ -31,7 +31,8 @@ class Client:
     arguments: tuple[str, ...] = ()  # before the tasks
     variables: Mapping[str, str] = field(default_factory=dict)  # beside the standard ones
     replies: Replies = ()  # of the model, tried before the common ones
-    timeout_s: float = 180.0
+    timeout_s: float = 120.0
+    note: str = ""  # what its user has to know
 
 
 # One environment for all that CI needs: pip resolves and installs it in less than a minute.
@@ -65,9 +66,7 @@ CLIENTS: tuple[Client, ...] = (
         replies=PARSED,
         core=True,
     ),
-    _in_core(
-        "openai-responses", "openai", "openai_responses.py", "responses: create, stream", "responses", "none"
-    ),
+    _in_core("openai-responses", "openai", "openai_responses.py", "responses: create, stream", "responses"),
     _in_core(
         "openai-agents",
         "openai-agents",
@@ -83,7 +82,6 @@ CLIENTS: tuple[Client, ...] = (
         "openai_agents.py",
         "Runner, responses (its default)",
         "responses",
-        "none",
         arguments=("responses",),
         variables=_NO_TRACES,
     ),
@@ -111,7 +109,6 @@ CLIENTS: tuple[Client, ...] = (
         "pydantic_ai_agent.py",
         "Agent, openai: (its default)",
         "responses",
-        "none",
         arguments=("openai:policy",),
     ),
     Client(
@@ -120,8 +117,16 @@ CLIENTS: tuple[Client, ...] = (
         "autogen_agent.py",
         "AssistantAgent, OpenAIChatCompletionClient",
         requires=("autogen-agentchat", "autogen-ext[openai]"),
+        note="a model that is not OpenAI's needs `model_info`",
     ),
-    Client("crewai", "crewai", "crewai_agent.py", "Crew, Agent, Task", variables=_NO_TELEMETRY),
+    Client(
+        "crewai",
+        "crewai",
+        "crewai_agent.py",
+        "Crew, Agent, Task",
+        variables=_NO_TELEMETRY,
+        note='`LLM(model=..., provider="openai")`: by the name alone it looks for litellm',
+    ),
     Client("semantic-kernel", "semantic-kernel", "semantic_kernel_agent.py", "ChatCompletionAgent"),
     Client(
         "agent-framework",
@@ -129,7 +134,6 @@ CLIENTS: tuple[Client, ...] = (
         "agent_framework_agent.py",
         "Agent, OpenAIChatClient",
         "responses",
-        "none",
         requires=("agent-framework-core", "agent-framework-openai"),
         arguments=("responses",),
     ),
@@ -150,6 +154,7 @@ CLIENTS: tuple[Client, ...] = (
         "FunctionAgent, OpenAI",
         requires=("llama-index-core", "llama-index-llms-openai"),
         variables={"OPENAI_API_BASE": "{root}/v1"},
+        note="it reads no `OPENAI_BASE_URL`, and knows the facts of OpenAI's models only",
     ),
     Client(
         "smolagents",
@@ -166,14 +171,16 @@ CLIENTS: tuple[Client, ...] = (
         "LlmAgent, LiteLlm",
         requires=("google-adk", "litellm", "mcp"),
         variables=_NO_PRICE_LIST,
+        note="litellm imports `mcp` for a call with tools, and does not declare it",
     ),
     Client(
         "litellm",
         "litellm",
         "litellm_agent.py",
         "acompletion",
-        requires=("litellm", "mcp"),  # a call with tools imports mcp, which litellm does not declare
+        requires=("litellm", "mcp"),
         variables=_NO_PRICE_LIST,
+        note="it imports `mcp` for a call with tools, and does not declare it",
     ),
     _npm("openai-node", "openai", "openai_node", "chat.completions: create, stream helper"),
     _npm("vercel-ai", "ai", "vercel_ai", "generateText, streamText, openai.chat()", arguments=("chat",)),
@@ -183,9 +190,9 @@ CLIENTS: tuple[Client, ...] = (
         "vercel_ai",
         "generateText, streamText, openai() (its default)",
         "responses",
-        "none",
         env="vercel-ai",
         arguments=("responses",),
+        note="`store: false`, or it refers to items that vLLM does not keep",
     ),
     _npm(
         "openai-agents-js",
@@ -200,9 +207,10 @@ CLIENTS: tuple[Client, ...] = (
         "openai_agents_js",
         "run, responses (its default)",
         "responses",
-        "none",
+        streams="never",
         env="openai-agents-js",
         arguments=("responses",),
+        note="streamed, 0.20.0 refuses the lists in vLLM's `usage`, with the proxy and without",
     ),
     _npm(
         "codex",
@@ -210,9 +218,10 @@ CLIENTS: tuple[Client, ...] = (
         "codex",
         "codex exec, its shell",
         "responses",
-        "none",
+        "text",  # natively, a call of tools alone has no logprobs; its tools keep it from being translated
         streams="always",
         variables={"CODEX_API_KEY": "any"},
+        note='`--config openai_base_url="..."` in place of the variable; calls of tools alone are `text`',
         replies=CODEX,
     ),
     _npm(
@@ -224,6 +233,7 @@ CLIENTS: tuple[Client, ...] = (
         "text",  # its inline system messages are not translated
         streams="always",
         variables={"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
+        note="`text`: it sends system messages within the conversation, which are not translated",
         replies=CLAUDE_CODE,
     ),
 )

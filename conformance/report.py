@@ -30,8 +30,7 @@ last table says. The model is the fake engine of the tests, which answers as vLL
 
 *Passed* means: the agent ended well, called its tool as it should and printed the right answers; it made the
 same calls and printed the same, character for character, straight before the engine; and every call that it
-made through the proxy is a span, as shown under *captured as*. `none` there: that API is forwarded unread so
-far.
+made through the proxy is a span, as shown under *captured as*.
 
 ```
 make conformance                                  # all clients
@@ -42,14 +41,16 @@ make conformance ARGS="--fresh"                   # in new environments, with th
 _ATTRIBUTION = """
 ## Runs that nobody told apart
 
-The same trials: several tasks at once in one process, no ids in path, headers or keys. A call is *right* when
-it lies in its own run's rollout, that is in the one with most calls of that run; of a run whose calls are all
-apart, one call counts. *Mixed* rollouts hold calls of more than one run: there must be none.
+The same trials: several tasks at once in one process, and no ids in path, headers or keys but those that
+coding agents send by themselves. A call is *right* when it lies in its own run's rollout, that is in the one
+with most calls of that run; of a run whose calls are all apart, one call counts. *Mixed* rollouts hold calls
+of more than one run: there must be none.
 """
 _SETTINGS = """
-## What else a client needs to come here
+## What else a client needs
 
-Everything was set from outside, by environment or command line.
+Beside the standard variables. `{root}` is the server's address. Most of these keep a client from sending
+traces or looking for price lists elsewhere.
 """
 _METAGPT = """
 MetaGPT 0.8.2 does not install on Python 3.11 and was not run. It takes the endpoint from `llm.base_url` in
@@ -92,7 +93,17 @@ def page(results: Results) -> str:
     """The text of docs/conformance.md."""
     tried = [(client, results[client.name]) for client in CLIENTS if client.name in results]
     clients = _table(
-        ("client", "version", "what of it", "API", "streamed", "result", "calls", "captured as"),
+        (
+            "client",
+            "version",
+            "what of it",
+            "API",
+            "streamed",
+            "result",
+            "calls",
+            "captured as",
+            "as without us",
+        ),
         [
             (
                 client.name,
@@ -103,6 +114,7 @@ def page(results: Results) -> str:
                 f"{result['state']} {result['date']}",
                 str(result["calls"] or ""),
                 _captured(result),
+                "" if result["state"] == "not run" else "yes" if result["same_answer"] else "no",
             )
             for client, result in tried
         ],
@@ -117,11 +129,15 @@ def page(results: Results) -> str:
         ],
     )
     settings = _table(
-        ("client", "setting"),
+        ("client", "variables", "to know"),
         [
-            (client.name, ", ".join(f"`{name}={value}`" for name, value in client.variables.items()))
+            (
+                client.name,
+                ", ".join(f"`{name}={value}`" for name, value in client.variables.items()),
+                client.note,
+            )
             for client, _ in tried
-            if client.variables
+            if client.variables or client.note
         ],
     )
     parts = [_HEAD, clients, *(["\nWhy not:\n", *faults] if faults else [])]

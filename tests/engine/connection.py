@@ -102,6 +102,9 @@ class Connection(asyncio.Protocol):
                     self._transport.close()
         except ClientGone:
             self._transport.abort()
+        except BaseException:
+            self._transport.abort()  # a fault of our own must not keep a client waiting
+            raise
 
     async def _next_request(self) -> Request:
         head = await self._until(b"\r\n\r\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -113,6 +114,12 @@ def test_a_scripted_error_keeps_its_headers_and_is_used_once(engine: EngineThrea
     with error.value as answer:
         assert (answer.code, answer.headers["retry-after"], answer.read()) == (429, "7", b'{"error": "slow"}')
     assert chat(engine, BODY)["object"] == "chat.completion"
+
+
+def test_what_the_engine_cannot_read_ends_the_connection(engine: EngineThread) -> None:
+    with socket.create_connection(("127.0.0.1", engine.port), timeout=10) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert connection.recv(1) == b""
 
 
 def test_replies_can_be_chosen_by_what_a_request_says(
