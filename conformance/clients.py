@@ -230,10 +230,9 @@ CLIENTS: tuple[Client, ...] = (
         "claude_code",
         "claude --print, its Bash",
         "messages",
-        "text",  # its inline system messages are not translated
+        "exact",
         streams="always",
         variables={"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
-        note="`text`: it sends system messages within the conversation, which are not translated",
         replies=CLAUDE_CODE,
     ),
 )
