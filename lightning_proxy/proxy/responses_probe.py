@@ -1,7 +1,7 @@
 """Learns how an engine answers on ``/v1/responses``: what its echo repeats, and with which defaults.
 
 Tiny requests of our own, once per engine: one generates a single token, the others are dropped at
-their first event.
+their first event. One more of these for each set of tools that are not all plain functions.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from hashlib import sha256
+from typing import Any, TypeVar
 
 import aiohttp
 import orjson
@@ -21,6 +23,8 @@ from .wires.responses_request import LOGPROBS, Habits
 log = logging.getLogger(__name__)
 _PATIENCE = aiohttp.ClientTimeout(total=10)
 _AGAIN_S = 30.0  # after a failure
+_SETS = 256  # of tools; the echo of Codex's is 10 kB
+_Told = TypeVar("_Told")
 _PASSING = frozenset((401, 403, 404, 408, 429))
 
 # What vLLM 0.31 repeats: another shape is not imitated.
@@ -48,36 +52,72 @@ class _Refused(Exception):
 
 
 class ResponsesProbe:
-    """Asks an engine at ``base`` (``http://host:port/v1``) once, and remembers."""
+    """Asks an engine at ``base`` (``http://host:port/v1``) once, and remembers.
+
+    Everywhere, ``model`` is one that it serves, and ``headers`` are the agent's, for an engine that
+    answers to its key only.
+    """
 
     def __init__(self, base: str, key: str | None = None) -> None:
         self._base = base.rstrip("/")
         self._key = {"Authorization": f"Bearer {key}"} if key else {}
         self._habits: Habits | None = None
+        self._echoes: OrderedDict[bytes, Sequence[Json]] = OrderedDict()  # the one last used at the end
         self._asked_at: float | None = None
         self._lock = asyncio.Lock()
 
     async def habits(self, model: object, headers: Mapping[str, str]) -> Habits | None:
-        """The engine's habits; ``None`` while it does not tell. Asked until it does.
-
-        ``model``: one that it serves; ``headers``: the agent's, for an engine that answers to its
-        key only.
-        """
+        """The engine's habits; ``None`` while it does not tell. Asked until it does."""
         if self._habits is not None or not isinstance(model, str):
             return self._habits
         async with self._lock:
-            if self._habits is None and self._is_time():
-                key = {name: headers[name] for name in ("Authorization", "x-api-key") if name in headers}
-                try:
-                    async with aiohttp.ClientSession(headers={**key, **self._key}, timeout=_PATIENCE) as http:
-                        self._habits = await self._learn(http, model)
-                except _Refused as refusal:
-                    if not refusal.passing:
-                        self._habits = Habits(asks=False)
-                except (aiohttp.ClientError, TimeoutError, *CAPTURE_FAULTS) as error:
-                    self._asked_at = time.monotonic()
-                    log.warning("%s/responses does not tell its habits: %r", self._base, error)
+            if self._habits is None:
+                refused = Habits(asks=False)
+                self._habits = await self._ask(headers, lambda http: self._learn(http, model), refused)
         return self._habits
+
+    async def echo(self, tools: list[Json], model: object, headers: Mapping[str, str]) -> Sequence[Json]:
+        """How the engine repeats tools that are no plain functions.
+
+        () where it does not tell, and where it does not answer with them as with plain functions.
+        """
+        if not tools or not isinstance(model, str):
+            return ()
+        try:
+            digest = sha256(orjson.dumps(tools)).digest()
+        except TypeError:  # nested deeper than orjson writes
+            return ()
+        async with self._lock:
+            if digest not in self._echoes:
+                no: Sequence[Json] = ()
+                told = await self._ask(headers, lambda http: self._repeated(http, model, tools), no)
+                if told is None:
+                    return ()
+                self._echoes[digest] = told
+                if len(self._echoes) > _SETS:
+                    self._echoes.popitem(last=False)
+            self._echoes.move_to_end(digest)
+            return self._echoes[digest]
+
+    async def _ask(
+        self,
+        headers: Mapping[str, str],
+        question: Callable[[aiohttp.ClientSession], Awaitable[_Told]],
+        refused: _Told,
+    ) -> _Told | None:
+        """What the engine tells, ``refused`` where it never will, ``None`` where it may another time."""
+        if not self._is_time():
+            return None
+        key = {name: headers[name] for name in ("Authorization", "x-api-key") if name in headers}
+        try:
+            async with aiohttp.ClientSession(headers={**key, **self._key}, timeout=_PATIENCE) as http:
+                return await question(http)
+        except _Refused as refusal:
+            return None if refusal.passing else refused
+        except (aiohttp.ClientError, TimeoutError, *CAPTURE_FAULTS) as error:
+            self._asked_at = time.monotonic()
+            log.warning("%s/responses does not tell its habits: %r", self._base, error)
+        return None
 
     def _is_time(self) -> bool:
         return self._asked_at is None or time.monotonic() - self._asked_at > _AGAIN_S
@@ -116,10 +156,18 @@ class ResponsesProbe:
         body = {"model": model, "input": "x", "max_output_tokens": 1, "tools": [_FUNCTION], **asked}
         return dict(await _json(http, "POST", f"{self._base}/responses", body))
 
-    async def _begun(self, http: aiohttp.ClientSession, model: str, choice: str) -> Json:
+    async def _repeated(self, http: aiohttp.ClientSession, model: str, tools: list[Json]) -> Sequence[Json]:
+        begun = await self._begun(http, model, "auto", tools)
+        told: list[Json] = begun["tools"][1:]
+        same = [tool["type"] for tool in told] == [tool["type"] for tool in tools]
+        return told if same and begun["text"] is not None else ()  # null: a grammar took its place
+
+    async def _begun(
+        self, http: aiohttp.ClientSession, model: str, choice: str, tools: Sequence[Json] = ()
+    ) -> Json:
         """The response in the first event of a stream that has no limit of its own."""
         form = {"text": {"format": {"type": "text"}}, "stream": True}
-        body = {"model": model, "input": "x", "tools": [_FUNCTION], "tool_choice": choice, **form}
+        body = {"model": model, "input": "x", "tools": [_FUNCTION, *tools], "tool_choice": choice, **form}
         async with http.post(f"{self._base}/responses", json=body) as answer:
             if answer.status >= 400:
                 raise _Refused(answer.status)

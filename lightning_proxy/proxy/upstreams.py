@@ -18,6 +18,7 @@ from .wires.base import Json
 from .wires.messages import MessagesWire
 from .wires.messages_request import has_inline_system
 from .wires.responses import ResponsesWire
+from .wires.responses_tools import special_tools
 
 _REMEMBERED = 1000  # models
 
@@ -41,10 +42,17 @@ class Endpoint:
     async def informed(self, wire: Wire, request: Json, headers: Mapping[str, str]) -> Wire:
         """The wire for a request, knowing of the engine what its translation depends on."""
         if isinstance(wire, ResponsesWire):
-            return ResponsesWire(await self.engine.responses.habits(request.get("model"), headers))
+            return await self._responses(request, headers)
         if isinstance(wire, MessagesWire) and has_inline_system(request):
             return MessagesWire(await self.engine.keeps_inline_system(request.get("model"), headers))
         return wire
+
+    async def _responses(self, request: Json, headers: Mapping[str, str]) -> ResponsesWire:
+        probe, model = self.engine.responses, request.get("model")
+        habits = await probe.habits(model, headers)
+        if habits is None or not habits.translates:
+            return ResponsesWire(habits)
+        return ResponsesWire(habits, await probe.echo(special_tools(request), model, headers))
 
     async def start(self) -> None:
         """Open what it needs."""

@@ -21,10 +21,13 @@ _TOOL_DEFAULTS: Json = {
     "name": None, "parameters": None, "strict": None, "type": "function", "allowed_callers": None,
     "async": None, "defer_loading": None, "description": None, "output_schema": None,
 }  # fmt: skip
+_NAMESPACED_DEFAULTS = {key: value for key, value in _TOOL_DEFAULTS.items() if key != "async"}
+_SEARCH_DEFAULTS: Json = {"type": None, "filters": None, "search_context_size": None, "user_location": None}
 _REASONING_DEFAULTS: Json = {
     "context": None, "effort": None, "generate_summary": None, "mode": None, "summary": None,
 }  # fmt: skip
 LOGPROBS = "message.output_text.logprobs"
+_Name = tuple[str, str | None]  # a function's, and its namespace
 
 
 def as_chat(body: Mapping[str, Any]) -> Json:
@@ -39,10 +42,27 @@ def as_chat(body: Mapping[str, Any]) -> Json:
     if body.get("tools"):
         chat["tools"] = [
             {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
-            for tool in body["tools"]
-            if tool["type"] == "function"
+            for tool in _functions(body["tools"])
         ]
     return chat
+
+
+def _functions(tools: Sequence[Json]) -> Iterator[Json]:
+    """The functions that the model sees: the others are not shown to it."""
+    for tool in tools:
+        if tool["type"] == "function":
+            yield tool
+        elif tool["type"] == "namespace":
+            inner = (one for one in tool["tools"] if one["type"] == "function")
+            yield from ({**one, "name": f"{tool['name']}__{one['name']}"} for one in inner)
+
+
+def _echoed(tool: Json) -> Json:
+    """A tool with all the fields that it has."""
+    if tool["type"] == "namespace":
+        return {**tool, "tools": [{**_NAMESPACED_DEFAULTS, **inner} for inner in tool["tools"]]}
+    defaults = {"function": _TOOL_DEFAULTS, "web_search": _SEARCH_DEFAULTS}
+    return {**defaults.get(tool["type"], {}), **tool}
 
 
 def refusal(body: Mapping[str, Any]) -> str | None:
@@ -111,7 +131,8 @@ def _add(messages: list[Json], item: Json) -> None:
     kind = item.get("type", "message")
     last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
     if kind == "function_call":
-        function = {"name": item["name"], "arguments": item["arguments"]}
+        spaced = f"{item['namespace']}__" if item.get("namespace") else ""
+        function = {"name": spaced + item["name"], "arguments": item["arguments"]}
         call = {"id": item["call_id"], "type": "function", "function": function}
         if last is None:
             messages.append({"role": "assistant", "tool_calls": [call]})
@@ -134,9 +155,7 @@ def _add(messages: list[Json], item: Json) -> None:
 
 def _shell(head: Head, body: Mapping[str, Any], reply: Reply, status: str) -> Json:
     """Everything of a response but what was generated."""
-    tools = [
-        {**_TOOL_DEFAULTS, **tool} if tool["type"] == "function" else tool for tool in body.get("tools") or ()
-    ]
+    tools = [_echoed(tool) for tool in body.get("tools") or ()]
     room = MAX_MODEL_LEN - len(reply.prompt_token_ids)
     asked = LOGPROBS in (body.get("include") or ())
     reasoning, text = body.get("reasoning"), body.get("text")
@@ -187,9 +206,8 @@ def _items(body: Mapping[str, Any], reply: Reply, choice: Choice) -> list[Json]:
         part = {"annotations": [], "text": choice.content, "type": "output_text", "logprobs": logprobs}
         items.append(_message(f"msg_{_id(reply, 'm')}", [part], "completed"))
     for number, call in enumerate(choice.tool_calls):
-        items.append(
-            _call(f"fc_{_id(reply, f'c{number}')}", call["id"], call["name"], call["arguments"], "completed")
-        )
+        item_id, name = f"fc_{_id(reply, f'c{number}')}", _resolved(body, call["name"])
+        items.append(_call(item_id, call["id"], name, call["arguments"], "completed"))
     return items
 
 
@@ -197,7 +215,7 @@ def _events(head: Head, body: Mapping[str, Any], reply: Reply, per_chunk: int) -
     begun = _shell(head, body, reply, "in_progress")
     yield {"response": begun, "type": "response.created"}
     yield {"response": begun, "type": "response.in_progress"}
-    stream = _Stream(reply, LOGPROBS in (body.get("include") or ()))
+    stream = _Stream(body, reply)
     for _, steps, delta, _ in in_turn(reply, per_chunk):
         if delta and delta.get("content"):
             yield from stream.text(delta["content"], steps)
@@ -210,12 +228,13 @@ def _events(head: Head, body: Mapping[str, Any], reply: Reply, per_chunk: int) -
 class _Stream:
     """The items of a stream, one open at a time."""
 
-    def __init__(self, reply: Reply, logprobs: bool) -> None:
+    def __init__(self, body: Mapping[str, Any], reply: Reply) -> None:
+        self._body = body
         self._reply = reply
-        self._logprobs = logprobs
+        self._logprobs = LOGPROBS in (body.get("include") or ())
         self._at = 0
         self._open: str | int | None = None  # "text", or the index of a call
-        self._name = ""
+        self._name: _Name = ("", None)
         self._written = ""
 
     @property
@@ -244,7 +263,7 @@ class _Stream:
     def call(self, delta: Json) -> Iterator[Json]:
         if self._open != delta["index"]:
             yield from self.close()
-            self._open, self._name = delta["index"], delta["function"]["name"]
+            self._open, self._name = delta["index"], _resolved(self._body, delta["function"]["name"])
             item = _call(self._item_id, self._call_id, self._name, "", "in_progress")
             yield {"item": item, "output_index": self._at, "type": "response.output_item.added"}
         if piece := delta["function"].get("arguments"):
@@ -263,7 +282,7 @@ class _Stream:
             yield {**done, "part": part, "type": "response.content_part.done"}
             item = {**_message(self._item_id, [part], "completed"), "summary": []}
         else:
-            said = {"arguments": self._written, "name": self._name}
+            said = {"arguments": self._written, "name": self._name[0]}
             if self._written:
                 yield {**where, **said, "type": "response.function_call_arguments.done"}
             item = _call(self._item_id, self._call_id, self._name, self._written, "completed")
@@ -276,16 +295,25 @@ def _message(item_id: str, content: list[Json], status: str) -> Json:
     return {**item, "type": "message", "phase": None}
 
 
-def _call(item_id: str, call_id: str, name: str, arguments: str, status: str) -> Json:
+def _resolved(body: Mapping[str, Any], name: str) -> _Name:
+    """The name and namespace of what the model calls ``name``."""
+    for tool in body.get("tools") or ():
+        for inner in tool["tools"] if tool["type"] == "namespace" else ():
+            if inner["type"] == "function" and name == f"{tool['name']}__{inner['name']}":
+                return inner["name"], tool["name"]
+    return name, None
+
+
+def _call(item_id: str, call_id: str, name: _Name, arguments: str, status: str) -> Json:
     return {
         "arguments": arguments,
         "call_id": call_id,
-        "name": name,
+        "name": name[0],
         "type": "function_call",
         "id": item_id,
         "async": None,
         "caller": None,
-        "namespace": None,
+        "namespace": name[1],
         "status": status,
     }
 

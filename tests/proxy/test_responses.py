@@ -51,6 +51,12 @@ SAID: Json = {
     "role": "assistant",
     "content": [{"type": "output_text", "text": "I look.", "annotations": []}],
 }
+SPACE: Json = {"type": "namespace", "name": "db", "description": "A database.", "tools": [
+    {**TOOL, "strict": False}, {"type": "custom", "name": "raw"}]}  # fmt: skip
+SEARCH: Json = {"type": "web_search", "external_web_access": True}
+MIXED: Json = {**PLAIN, "tools": [TOOL, SPACE, {**TOOL, "name": "other"}, SEARCH]}
+# Codex adds this to every item.
+PASSED: Json = {"internal_chat_message_metadata_passthrough": {"turn_id": "1"}}
 ASKED: Json = {"enable_response_messages": True, "include": [LOGPROBS]}
 CALLS = Script(tool_calls=(("sql", '{"query": "SELECT 1"}'), ("sql", '{"query": "é"}')))
 
@@ -78,6 +84,18 @@ REQUESTS: dict[str, Json] = {
         "parallel_tool_calls": False,
         "include": ["reasoning.encrypted_content"],
     },
+    "mixed tools": MIXED,
+    "mixed tools, none of them plain": {**PLAIN, "tools": [SEARCH, SPACE]},
+    "mixed tools, answered": {
+        **MIXED,
+        "input": [
+            {**USER, **PASSED},
+            {**SAID, **PASSED},
+            {**CALL, **PASSED, "namespace": "db"},
+            {**OUTPUT, **PASSED},
+        ],
+    },
+    "mixed tools, forced": {**MIXED, "tool_choice": "required"},
     "unheard of": {**TOOLS, "unheard_of": 1},
     "built-in": {**PLAIN, "tools": [{"type": "web_search"}]},
 }
@@ -88,6 +106,7 @@ SCRIPTS: dict[str, Script] = {
     "text and calls": CALLS.with_({"text": "Well: é"}),
     "calls in one piece": CALLS.with_({"tokens_per_chunk": 1000}),
     "one token": Script(tokens=1),
+    "namespaced calls": Script(text="Well.", tool_calls=(("db__sql", '{"query": "é"}'), ("sql", "{}"))),
 }
 
 
@@ -131,7 +150,7 @@ def test_the_answer_is_the_engines_and_its_tokens_are_recorded(
     seen = json.loads(through.body) if not streamed else through.events[-1]["response"]
     assert span.response_id == seen["id"]
     assert (json.loads(span.response or b"{}"), span.usage) == (seen, seen["usage"])
-    translated = "tools" in body and name not in ("unheard of", "built-in")
+    translated = "tools" in body and name not in ("unheard of", "built-in", "mixed tools, forced")
     has_text = any(item["type"] == "message" for item in seen["output"])
     assert span.fidelity is (Fidelity.EXACT if translated or has_text else Fidelity.TEXT)
     expected_span(engine, span, body, script)
@@ -238,6 +257,45 @@ def test_an_engine_is_asked_for_its_habits_once(engine: EngineThread, proxy: Pro
     assert len(probes) == 3
     assert [call.json.get("max_output_tokens") for call in probes] == [1, None, None]
     assert len(posts(engine)) == len(recorded(proxy, 3)) == 3
+
+
+def test_an_engine_is_asked_once_how_it_repeats_a_set_of_special_tools(
+    engine: EngineThread, proxy: ProxyThread
+) -> None:
+    sets = [[TOOL, SPACE, SEARCH], [SPACE, {**TOOL, "name": "other"}, SEARCH], [TOOL, SEARCH]]
+    for tools in [*sets, *sets]:
+        ask(proxy.url, {**PLAIN, "tools": tools})
+    asked = [call.json["tools"][1:] for call in engine.calls if call.json.get("input") == "x"]
+    assert asked == [[], [], [], [SPACE, SEARCH], [SEARCH]]
+    assert [path for path, _ in posts(engine)] == [CHAT] * 6
+    assert {span.fidelity for span in recorded(proxy, 6)} == {Fidelity.EXACT}
+
+
+@pytest.mark.parametrize(
+    ("refusal", "later"),
+    [(Script(status=400, body="no such tool"), PATH), (Script(status=503, body="busy"), CHAT)],
+    ids=["for good", "for now"],
+)
+def test_an_engine_that_does_not_tell_how_it_repeats_tools_answers_itself(
+    engine: EngineThread, proxy: ProxyThread, refusal: Script, later: str
+) -> None:
+    ask(proxy.url, PLAIN)
+    engine.script(refusal, path=PATH)
+    for _ in range(2):
+        answer = ask(proxy.url, MIXED, CALLS)
+        assert comparable(answer.body.decode()) == comparable(ask(engine.url, MIXED, CALLS).body.decode())
+    assert [path for path, body in posts(engine)[1:]] == [PATH, PATH, later, PATH]
+
+
+def test_an_engine_that_puts_a_grammar_on_special_tools_answers_itself(
+    engine: EngineThread, proxy: ProxyThread
+) -> None:
+    """It says so by a `text` that is null; the grammar would be another one in Chat Completions."""
+    ask(proxy.url, PLAIN)
+    begun = {"response": {"tools": [TOOL, SPACE, SEARCH], "text": None}, "type": "response.created"}
+    engine.script(Script(status=200, body=responses.sse(begun).decode()), path=PATH)
+    assert ask(proxy.url, MIXED).status == 200
+    assert [path for path, _ in posts(engine)] == [PATH, PATH]
 
 
 def test_an_engine_that_was_busy_when_asked_for_its_habits_still_answers(

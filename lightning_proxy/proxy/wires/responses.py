@@ -8,6 +8,7 @@ calls with function tools go by way of Chat Completions where that means the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -29,13 +30,15 @@ _HOLDS_RESPONSE = frozenset(("response.created", "response.in_progress", "respon
 class ResponsesWire(Wire):
     """https://platform.openai.com/docs/api-reference/responses, with vLLM's ways to tell tokens.
 
-    ``habits``: what is known of the engine; without them it is asked for nothing.
+    ``habits``: what is known of the engine; without them it is asked for nothing. ``special``: its
+    echo of the request's tools that are no plain functions.
     """
 
     name = "responses"
 
-    def __init__(self, habits: Habits | None = None) -> None:
+    def __init__(self, habits: Habits | None = None, special: Sequence[Json] = ()) -> None:
         self._habits = habits
+        self._special = special
 
     def prepare(self, body: bytes, request: Json, *, tokens: bool) -> Prepared:
         """See :class:`Wire`."""
@@ -45,11 +48,12 @@ class ResponsesWire(Wire):
         if habits is None:
             return plain
         native = _native(request, sampling, plain) if habits.asks else plain
-        translated = translate(request, habits) if habits.translates and request.get("tools") else None
+        wanted = habits.translates and request.get("tools")
+        translated = translate(request, habits, self._special) if wanted else None
         if translated is None:
             return native
         chat_body, asked = _CHAT.ask(orjson.dumps(translated.chat), translated.chat)
-        answer = ResponsesTranslation(translated.echo, habits)
+        answer = ResponsesTranslation(translated, habits)
         collector = ResponsesTranslated(_CHAT.collector(asked), answer)
         return Prepared(chat_body, collector, sampling, path="/v1/chat/completions", fallback=native)
 

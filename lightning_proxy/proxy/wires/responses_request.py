@@ -8,11 +8,12 @@ Learnt from vLLM 0.31 (``entrypoints/openai/responses``) and compared with it by
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .base import Json
+from .responses_tools import NOT_A_REQUEST, Different, Tools, echoed_tools, flat_name, need, tools_of
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -28,11 +29,11 @@ _INCLUDES = frozenset(
 )  # fmt: skip
 _TIERS = frozenset(("auto", "default", "flex", "scale", "priority"))
 _EFFORTS = frozenset(("none", "minimal", "low", "medium", "high", "xhigh", "max"))
-_TOOL_FIELDS = frozenset(("type", "name", "description", "parameters", "strict"))
 _CALL_FIELDS = frozenset(
     ("type", "arguments", "call_id", "name", "id", "status", "namespace", "async", "caller", "created_by",
      "parsed_arguments")
 )  # fmt: skip
+_UNREAD = frozenset(("internal_chat_message_metadata_passthrough",))  # of any item; Codex sends it
 _SMALLEST_TEMPERATURE = 1e-2  # vLLM raises what is between 0 and this
 _GREEDY = 1e-5  # vLLM samples nothing below this
 
@@ -66,24 +67,21 @@ class Translated:
 
     chat: Json
     echo: Json  # the fields of the response that repeat the request
+    names: dict[str, Json]  # of calls: by the model's name for a function, its `name` and `namespace`
 
 
-class _Different(Exception):
-    """A request that may not mean the same in Chat Completions."""
+def translate(request: Json, habits: Habits, special: Sequence[Json] = ()) -> Translated | None:
+    """The request for Chat Completions, or ``None`` where that might mean something else.
 
-
-def translate(request: Json, habits: Habits) -> Translated | None:
-    """The request for Chat Completions, or ``None`` where that might mean something else."""
+    ``special``: the engine's echo of the tools that are no plain functions.
+    """
     try:
-        chat = {"model": request["model"], "messages": _messages(request), **_tools(request, habits)}
-        return Translated({**chat, **_sampling(request), **_streaming(request)}, _echo(request, habits))
-    except (_Different, KeyError, TypeError, ValueError, AttributeError, IndexError):
+        tools = tools_of(request, forces=habits.forces_tools)
+        chat = {"model": request["model"], "messages": _messages(request), **_offer(request, tools)}
+        echo = _echo(request, habits, special)
+        return Translated({**chat, **_sampling(request), **_streaming(request)}, echo, tools.names)
+    except (Different, *NOT_A_REQUEST):
         return None
-
-
-def _need(condition: object) -> None:
-    if not condition:
-        raise _Different
 
 
 # -- the conversation ----------------------------------------------------------------------------
@@ -91,15 +89,16 @@ def _need(condition: object) -> None:
 
 def _messages(request: Json) -> list[Json]:
     instructions, given = request.get("instructions"), request["input"]
-    _need(isinstance(instructions, str | None))
+    need(isinstance(instructions, str | None))
     messages: list[Json] = [{"role": "system", "content": instructions}] if instructions else []
     if isinstance(given, str):
         return [*messages, {"role": "user", "content": given}]
-    _need(isinstance(given, list) and given)
+    need(isinstance(given, list) and given)
     # An unfinished last item of the assistant would be continued.
-    _need(given[-1].get("status") in (None, "completed"))
+    need(given[-1].get("status") in (None, "completed"))
     for item in given:
-        _READERS[item.get("type", "message")](item, messages)
+        read = {key: value for key, value in item.items() if key not in _UNREAD}
+        _READERS[read.get("type", "message")](read, messages)
     return messages
 
 
@@ -107,40 +106,42 @@ def _message(item: Json, messages: list[Json]) -> None:
     role, content = item["role"], item["content"]
     if role == "assistant":
         text = content if isinstance(content, str) else _output_text(item)
-        _need(isinstance(text, str))
+        need(isinstance(text, str))
         _join(messages, "content", text)
         return
-    _need(role in ("user", "system", "developer"))
-    _need(item.keys() <= {"type", "role", "content", "id", "status", "phase"})
+    need(role in ("user", "system", "developer"))
+    need(item.keys() <= {"type", "role", "content", "id", "status", "phase"})
     messages.append({"role": role, "content": content if isinstance(content, str) else _texts(content)})
 
 
 def _output_text(item: Json) -> Any:
     """The text of an answer that the agent sends back."""
-    _need(item.get("type") == "message")
-    _need(item.keys() <= {"type", "role", "content", "id", "status", "phase", "summary"})
-    _need(item.get("status", "completed") in ("completed", "incomplete", "in_progress"))
-    _need(isinstance(item.get("id", ""), str))
+    need(item.get("type") == "message")
+    need(item.keys() <= {"type", "role", "content", "id", "status", "phase", "summary"})
+    need(item.get("status", "completed") in ("completed", "incomplete", "in_progress"))
+    need(isinstance(item.get("id", ""), str))
     for part in item["content"]:
-        _need(part["type"] == "output_text" and isinstance(part["text"], str))
-        _need(part.get("annotations", []) == [] and not part.get("logprobs"))
+        need(part["type"] == "output_text" and isinstance(part["text"], str))
+        need(part.get("annotations", []) == [] and not part.get("logprobs"))
     return item["content"][0]["text"]
 
 
 def _texts(content: list[Json]) -> list[Json]:
-    _need(content)
+    need(content)
     for part in content:
-        _need(part["type"] == "input_text" and isinstance(part["text"], str) and len(part) == 2)
+        need(part["type"] == "input_text" and isinstance(part["text"], str) and len(part) == 2)
     return [{"type": "text", "text": part["text"]} for part in content]
 
 
 def _function_call(item: Json, messages: list[Json]) -> None:
-    _need(item.keys() <= _CALL_FIELDS)
-    _need(all(isinstance(item[key], str) for key in ("arguments", "call_id", "name")))
-    _need(all(item.get(key) is None for key in ("namespace", "async", "caller")))
-    _need(isinstance(item.get("id"), str | None))
-    _need(item.get("status") in (None, "completed", "incomplete", "in_progress"))
-    function = {"name": item["name"], "arguments": item["arguments"]}
+    need(item.keys() <= _CALL_FIELDS)
+    need(all(isinstance(item[key], str) for key in ("arguments", "call_id", "name")))
+    need(all(item.get(key) is None for key in ("async", "caller")))
+    need(isinstance(item.get("namespace"), str | None))
+    need(isinstance(item.get("id"), str | None))
+    need(item.get("status") in (None, "completed", "incomplete", "in_progress"))
+    name = flat_name(item["name"], item.get("namespace"))
+    function = {"name": name, "arguments": item["arguments"]}
     call = {"id": item["call_id"], "type": "function", "function": function}
     if messages and messages[-1]["role"] == "assistant":
         messages[-1].setdefault("tool_calls", []).append(call)
@@ -149,23 +150,23 @@ def _function_call(item: Json, messages: list[Json]) -> None:
 
 
 def _function_output(item: Json, messages: list[Json]) -> None:
-    _need(item.keys() <= {"type", "call_id", "output", "id", "status"})
-    _need(isinstance(item["call_id"], str))
+    need(item.keys() <= {"type", "call_id", "output", "id", "status"})
+    need(isinstance(item["call_id"], str))
     output = item["output"] if isinstance(item["output"], str) else _texts(item["output"])
     messages.append({"role": "tool", "content": output, "tool_call_id": item["call_id"]})
 
 
 def _reasoning(item: Json, messages: list[Json]) -> None:
-    _need(item.keys() <= {"type", "id", "summary", "content", "encrypted_content", "status"})
-    _need(isinstance(item.get("id", ""), str) and not item.get("encrypted_content"))
-    _need(item.get("status") in (None, "completed"))
+    need(item.keys() <= {"type", "id", "summary", "content", "encrypted_content", "status"})
+    need(isinstance(item.get("id", ""), str) and not item.get("encrypted_content"))
+    need(item.get("status") in (None, "completed"))
     said: list[Json] = item.get("content") or []
     for part in said:
-        _need(part["type"] == "reasoning_text")
+        need(part["type"] == "reasoning_text")
     for part in item["summary"]:
-        _need(part["type"] == "summary_text")
+        need(part["type"] == "summary_text")
     texts = [part["text"] for part in said or item["summary"]]
-    _need(all(isinstance(text, str) for text in texts))
+    need(all(isinstance(text, str) for text in texts))
     _join(messages, "reasoning", texts[0] if texts else "")
 
 
@@ -188,24 +189,16 @@ _READERS: dict[str, Callable[[Json, list[Json]], None]] = {
 # -- tools, sampling, form -----------------------------------------------------------------------
 
 
-def _tools(request: Json, habits: Habits) -> Json:
-    tools = request["tools"]
-    _need(isinstance(tools, list) and tools)
-    for tool in tools:
-        _need(tool["type"] == "function" and tool.keys() <= _TOOL_FIELDS and isinstance(tool["name"], str))
-        _need(isinstance(tool.get("description"), str | None) and isinstance(tool.get("strict"), bool | None))
-        _need(isinstance(tool.get("parameters"), dict | None))
-    functions = [{key: value for key, value in tool.items() if key != "type"} for tool in tools]
-    made: Json = {"tools": [{"type": "function", "function": function} for function in functions]}
+def _offer(request: Json, tools: Tools) -> Json:
     choice = request.get("tool_choice", "auto")
     if isinstance(choice, dict):
-        _need(choice.keys() == {"type", "name"} and choice["type"] == "function")
-        _need(choice["name"] in [tool["name"] for tool in tools])
+        need(choice.keys() == {"type", "name"} and choice["type"] == "function")
+        need(choice["name"] in [function["name"] for function in tools.functions])
         choice = {"type": "function", "function": {"name": choice["name"]}}
     else:
-        _need(choice in ("auto", "none", "required"))
-    _need(choice in ("auto", "none") or habits.forces_tools)
-    return {**made, "tool_choice": choice}
+        need(choice in ("auto", "none", "required"))
+    functions = [{"type": "function", "function": function} for function in tools.functions]
+    return {"tools": functions, "tool_choice": choice}
 
 
 def _sampling(request: Json) -> Json:
@@ -214,20 +207,20 @@ def _sampling(request: Json) -> Json:
     for key, low, high in _NUMBERS:
         value = request.get(key)
         if value is not None:
-            _need(_is_number(value) and low <= value <= high)
+            need(_is_number(value) and low <= value <= high)
             made[key] = value
     for key, chat_key, least in _COUNTS:
         value = request.get(key)
         if value is not None:
-            _need(isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63)
+            need(isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63)
             made[chat_key] = value
     stop = request.get("stop")
     if stop is not None:
-        _need(isinstance(stop, str) or all(isinstance(piece, str) for piece in stop))
+        need(isinstance(stop, str) or all(isinstance(piece, str) for piece in stop))
         made["stop"] = stop
     effort = (request.get("reasoning") or {}).get("effort")
     if effort is not None:
-        _need(effort in _EFFORTS)
+        need(effort in _EFFORTS)
         made["reasoning_effort"] = effort
     return made
 
@@ -248,29 +241,27 @@ _COUNTS = (
 
 def _streaming(request: Json) -> Json:
     stream = request.get("stream")
-    _need(isinstance(stream, bool | None))
+    need(isinstance(stream, bool | None))
     return {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
 
 
 # -- the echo ------------------------------------------------------------------------------------
 
 
-def _echo(request: Json, habits: Habits) -> Json:
+def _echo(request: Json, habits: Habits, special: Sequence[Json]) -> Json:
     shell, tool_shape = habits.shell, habits.tool
-    _need(shell is not None and tool_shape is not None)
+    need(shell is not None and tool_shape is not None)
     assert shell is not None
     assert tool_shape is not None
     _only_known(request)
-    _need((request.get("max_output_tokens") or 0) <= habits.max_model_len)
+    need((request.get("max_output_tokens") or 0) <= habits.max_model_len)
     echo: Json = {key: request.get(key) for key in ("instructions", *_ECHOED)}
     echo["service_tier"] = request.get("service_tier", "auto")
     echo["parallel_tool_calls"] = request.get("parallel_tool_calls") is not False
     echo["tool_choice"] = request.get("tool_choice", "auto")
     if isinstance(echo["tool_choice"], dict):
         echo["tool_choice"] = {"name": request["tool_choice"]["name"], "type": "function"}
-    echo["tools"] = [
-        {key: tool.get(key, default) for key, default in tool_shape.items()} for tool in request["tools"]
-    ]
+    echo["tools"] = echoed_tools(request, tool_shape, special)
     for key in ("presence_penalty", "frequency_penalty"):
         echo[key] = shell[key] if request.get(key) is None else float(request[key])
     echo["max_output_tokens"] = request.get("max_output_tokens")  # None until the prompt is known
@@ -278,20 +269,20 @@ def _echo(request: Json, habits: Habits) -> Json:
 
 
 def _only_known(request: Json) -> None:
-    _need(request.keys() <= _KNOWN)
-    _need(request.get("metadata") is None or all(isinstance(v, str) for v in request["metadata"].values()))
-    _need(isinstance(request.get("user"), str | None))
-    _need(isinstance(request.get("prompt_cache_key"), str | None))
-    _need(isinstance(request.get("store"), bool | None))
-    _need(isinstance(request.get("parallel_tool_calls"), bool | None))
-    _need(isinstance(request.get("max_tool_calls"), int | None))
-    _need(request.get("service_tier", "auto") in _TIERS)
-    _need(request.get("truncation", "disabled") == "disabled")
-    _need(request.get("background") is None or request["background"] is False)
-    _need(request.get("previous_response_id") is None and request.get("prompt") is None)
-    _need(set(request.get("include") or ()) <= _INCLUDES)
+    need(request.keys() <= _KNOWN)
+    need(request.get("metadata") is None or all(isinstance(v, str) for v in request["metadata"].values()))
+    need(isinstance(request.get("user"), str | None))
+    need(isinstance(request.get("prompt_cache_key"), str | None))
+    need(isinstance(request.get("store"), bool | None))
+    need(isinstance(request.get("parallel_tool_calls"), bool | None))
+    need(isinstance(request.get("max_tool_calls"), int | None))
+    need(request.get("service_tier", "auto") in _TIERS)
+    need(request.get("truncation", "disabled") == "disabled")
+    need(request.get("background") is None or request["background"] is False)
+    need(request.get("previous_response_id") is None and request.get("prompt") is None)
+    need(set(request.get("include") or ()) <= _INCLUDES)
     top = request.get("top_logprobs")
-    _need(top is None or (isinstance(top, int) and not isinstance(top, bool)))
+    need(top is None or (isinstance(top, int) and not isinstance(top, bool)))
 
 
 _KNOWN = (
@@ -313,7 +304,7 @@ def _echoed_sampling(request: Json, shell: Json) -> Json:
     if temperature < _GREEDY:
         top_p = 1.0
     elif top_p is None:
-        _need(shell["temperature"] >= _GREEDY)  # else the default does not show in the shell
+        need(shell["temperature"] >= _GREEDY)  # else the default does not show in the shell
         top_p = shell["top_p"]
     return {"temperature": float(temperature), "top_p": float(top_p)}
 
@@ -322,14 +313,14 @@ def _echoed_form(request: Json, shell: Json) -> Json:
     """``reasoning`` and ``text``; the shell shows all the fields that they have."""
     reasoning, text = request.get("reasoning"), request.get("text")
     if reasoning is not None:
-        _need(reasoning.keys() <= {"effort", "summary"})
-        _need(reasoning.get("summary") in (None, "auto", "concise", "detailed"))
+        need(reasoning.keys() <= {"effort", "summary"})
+        need(reasoning.get("summary") in (None, "auto", "concise", "detailed"))
         reasoning = {**shell["reasoning"], **reasoning}
     if text is not None:
-        _need(not any(tool.get("strict") for tool in request["tools"]))  # a grammar might replace it
-        _need(text.keys() <= {"format", "verbosity"})
-        _need(text.get("format") in (None, {"type": "text"}))
-        _need(text.get("verbosity") in (None, "low", "medium", "high"))
+        need(not any(tool.get("strict") for tool in request["tools"]))  # a grammar might replace it
+        need(text.keys() <= {"format", "verbosity"})
+        need(text.get("format") in (None, {"type": "text"}))
+        need(text.get("verbosity") in (None, "low", "medium", "high"))
         forced = request.get("tool_choice", "auto") not in ("auto", "none")
         text = None if forced else {**shell["text"], **text}
     return {"reasoning": reasoning, "text": text}
