@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -18,7 +19,20 @@ from lightning_proxy.proxy.wires.responses_request import LOGPROBS, Habits, tran
 from lightning_proxy.store import Fidelity
 from tests.engine import Model, responses, shapes
 from tests.proxy.raw_http import CHAT
-from tests.proxy.test_responses import ASKED, CALL, OUTPUT, PLAIN, SAID, TOOL, TOOLS, USER
+from tests.proxy.test_responses import (
+    ASKED,
+    CALL,
+    MIXED,
+    OUTPUT,
+    PASSED,
+    PLAIN,
+    SAID,
+    SEARCH,
+    SPACE,
+    TOOL,
+    TOOLS,
+    USER,
+)
 from tests.responses_compare import comparable
 
 Json = dict[str, Any]
@@ -98,6 +112,32 @@ def test_what_might_mean_something_else_goes_as_it_is(fields: Json) -> None:
     assert prepared({**TOOLS, **fields}).path is None
 
 
+ECHO: list[Json] = [SPACE, SEARCH]  # what it says does not matter here
+NATIVE_MIXED: list[Json] = [
+    {"tool_choice": "required"},
+    {"tool_choice": {"type": "function", "name": "sql"}},
+    {"tool_choice": {"type": "web_search"}},
+    {"tools": [{**TOOL, "strict": True}, SPACE, SEARCH]},
+    {"tools": [SEARCH, {**SPACE, "tools": [{**TOOL, "strict": True}]}]},
+    {"tools": [SEARCH, {**SPACE, "tools": [{**TOOL, "defer_loading": True}]}]},
+    {"tools": [SEARCH, {**SPACE, "tools": [{"type": "custom", "name": "x"}]}]},
+    {"tools": [SEARCH, {**SPACE, "tools": None}]},
+    {"tools": [TOOL, SEARCH, {"type": "mcp", "server_label": "x"}]},
+    {"tools": [TOOL, SEARCH, {"type": "code_interpreter", "container": "x"}]},
+    {"tools": [TOOL, SEARCH, {"type": "web_search_preview"}]},
+    {"tools": [TOOL, SEARCH, {"type": "unheard_of"}]},
+    {"tools": [TOOL, SEARCH, {"type": ["web_search"]}]},
+    {"tools": [TOOL, SEARCH, SPACE, SEARCH]},
+]
+
+
+@pytest.mark.parametrize("fields", NATIVE_MIXED, ids=repr)
+def test_mixed_tools_that_might_mean_something_else_go_as_they_are(fields: Json) -> None:
+    assert translate(MIXED, HABITS, ECHO) is not None
+    assert translate({**MIXED, **fields}, HABITS, ECHO) is None
+    assert translate(MIXED, HABITS) is None
+
+
 @pytest.mark.parametrize(
     "habits",
     [
@@ -140,8 +180,8 @@ def test_nothing_is_asked_where_asking_would_change_the_answer(fields: Json) -> 
     assert prepared(request).body == orjson.dumps(request)
 
 
-def begin(request: Json, *, streamed: bool) -> WireCall:
-    wire = ResponsesWire(HABITS)
+def begin(request: Json, *, streamed: bool, special: Sequence[Json] = ()) -> WireCall:
+    wire = ResponsesWire(HABITS, special)
     body = orjson.dumps(request)
     call = WireCall(wire, body, request, wire.prepare(body, request, tokens=True), Attribution("r1"))
     call.status, call.streamed = 200, streamed
@@ -247,9 +287,11 @@ ITEMS = st.one_of(
     st.builds(lambda text: {"role": "assistant", "content": text}, TEXTS),
     st.builds(lambda text: {**SAID, "content": [{"type": "output_text", "text": text}]}, TEXTS),
     st.builds(lambda name: {**CALL, "name": name}, TEXTS),
+    st.builds(lambda name, space: {**CALL, "name": name, "namespace": space}, TEXTS, st.none() | TEXTS),
     st.builds(lambda text: {**OUTPUT, "output": text}, TEXTS),
     THOUGHT,
 )
+ITEMS = st.builds(lambda item, passed: item | passed, ITEMS, st.sampled_from([{}, PASSED]))
 
 
 @pytest.mark.vllm
@@ -272,6 +314,23 @@ def test_messages_are_those_that_vllm_makes_of_the_same_items(
     ]
 
 
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")  # vLLM's own imports warn
+@pytest.mark.parametrize("tools", [MIXED["tools"], [SEARCH, SPACE], [SPACE, {**SPACE, "name": "x"}, TOOL]])
+def test_the_model_is_shown_the_tools_that_vllm_itself_would_show_it(tools: list[Json]) -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.openai.responses.utils import construct_tool_dicts
+
+    request = {**MIXED, "tools": tools}
+    special = [tool for tool in tools if tool["type"] != "function"]
+    translated = translate(request, HABITS, special)
+    assert translated is not None
+    theirs = construct_tool_dicts(ResponsesRequest.model_validate(request).tools, "auto")
+    ours = ChatCompletionRequest.model_validate(translated.chat).tools
+    assert [tool.model_dump() for tool in ours or ()] == theirs
+
+
 def _bare(message: Json) -> Json:
     """A message as the template sees it: whatever a text part is called."""
     made = {key: value for key, value in message.items() if key != "type"}
@@ -291,7 +350,10 @@ PIECES = st.one_of(
         TEXTS,
     ),
     st.builds(
-        lambda text, more: {"content": more, "tool_calls": [_piece(0, "a", text), _piece(1, "b", text)]},
+        lambda text, more: {
+            "content": more,
+            "tool_calls": [_piece(0, "db__sql", text), _piece(1, "b", text)],
+        },
         TEXTS,
         TEXTS,
     ),
@@ -309,13 +371,15 @@ def _piece(index: int, name: str | None, arguments: str) -> Json:
 @given(st.lists(PIECES, max_size=6))
 def test_events_are_those_that_vllm_makes_of_the_same_deltas(deltas: list[Json]) -> None:
     from vllm.entrypoints.generate.base.protocol import DeltaMessage
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.openai.responses.streaming_events import (
         SimpleStreamingEventProcessor,
         _StateType,
         split_delta,
     )
 
-    processor = SimpleStreamingEventProcessor(tools=[])
+    tools = ResponsesRequest.model_validate(MIXED).tools
+    processor = SimpleStreamingEventProcessor(tools=tools)  # type: ignore[arg-type]  # a list of less
     theirs: list[Any] = []
     for delta in deltas:
         for part in split_delta(DeltaMessage.model_validate(delta)):
@@ -327,7 +391,7 @@ def test_events_are_those_that_vllm_makes_of_the_same_deltas(deltas: list[Json])
             theirs += processor.emit_delta(part, None)  # type: ignore[arg-type]  # for logprobs only
     theirs += processor.close_current()
 
-    call_ = begin({**TOOLS, "stream": True}, streamed=True)
+    call_ = begin({**MIXED, "stream": True}, streamed=True, special=ECHO)
     head: Json = {"id": "x", "created": 1, "model": "policy", "prompt_token_ids": [1]}
     usage = {"prompt_tokens": 1, "completion_tokens": 1}
     endings: list[Json] = [

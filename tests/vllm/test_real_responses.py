@@ -26,6 +26,21 @@ TOOL: Any = {
 TASK: dict[str, Any] = {"instructions": "items(price, stock)", "input": "What is the highest price?"}
 TOOLS: dict[str, Any] = {**TASK, "tools": [TOOL]}
 NAMED: dict[str, Any] = {"tool_choice": {"type": "function", "name": "sql"}}
+SPACE: dict[str, Any] = {"type": "namespace", "name": "db", "description": "A database.", "tools": [
+    {**TOOL, "strict": False}, {"type": "custom", "name": "raw"}]}  # fmt: skip
+SEARCH: dict[str, Any] = {"type": "web_search", "external_web_access": True}
+MIXED: dict[str, Any] = {**TASK, "tools": [{**TOOL, "strict": False}, SPACE, SEARCH]}
+# Codex adds this to every item.
+PASSED: dict[str, Any] = {"internal_chat_message_metadata_passthrough": {"turn_id": "1"}}
+SERVED_BY_OPENAI: list[dict[str, Any]] = [
+    {"type": "apply_patch"},
+    {"type": "custom", "name": "x", "format": {"type": "text"}},
+    {"type": "file_search", "vector_store_ids": ["x"]},
+    {"type": "image_generation"},
+    {"type": "local_shell"},
+    {"type": "shell"},
+    {"type": "tool_search"},
+]
 USER: dict[str, Any] = {"role": "user", "content": "What is the highest price?"}
 CALL: dict[str, Any] = {
     "type": "function_call",
@@ -115,6 +130,15 @@ ANSWERED: dict[str, dict[str, Any]] = {
     "everything": EVERYTHING,
     "built-in tool": {"input": "hello", "tools": [{"type": "web_search"}]},
     "built-in tool and ours": {**TASK, "tools": [TOOL, {"type": "web_search"}]},
+    "built-in tool that a server may run": {**TASK, "tools": [TOOL, {"type": "web_search_preview"}]},
+    "mixed tools": MIXED,
+    "mixed tools, none of them plain": {**MIXED, "tools": [SEARCH, SPACE]},
+    "mixed tools, forbidden": {**MIXED, "tool_choice": "none"},
+    "mixed tools, forced": {**MIXED, "tool_choice": "required"},
+    "mixed tools of all kinds": {**MIXED, "tools": [TOOL, *SERVED_BY_OPENAI]},
+    "mixed tools answered": {**MIXED, "input": [
+        {**USER, "type": "message", "id": "msg_0", **PASSED}, {**CALL, "namespace": "db", **PASSED},
+        {**OUTPUT, "id": "fco_1", **PASSED}, {**SAID, **PASSED}, {**USER, **PASSED}]},
     "broken arguments": {**TOOLS, "input": [USER, {**CALL, "arguments": "{"}, OUTPUT]},
     "an odd schema": {"input": "x", "tools": [{**TOOL, "parameters": {"type": "nonsense"}}],
                       "tool_choice": "required"},
@@ -168,7 +192,7 @@ def test_an_agent_gets_what_vllm_itself_would_have_answered(served: Served, name
     assert through_us == direct
     (span,) = spans_of(served, rollout)
     assert span.error_class is None, span.error
-    if name == "built-in tool and ours":
+    if name in ("built-in tool that a server may run", "mixed tools, forced"):
         assert span.fidelity is Fidelity.TEXT  # as it is, and a tool call has no place for logprobs
         assert len(span.generations[0].response_token_ids) > 0
     elif name in ("unheard of", "nothing said"):
