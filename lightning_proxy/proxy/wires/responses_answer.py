@@ -88,7 +88,7 @@ class ResponsesTranslation(Translation):
             (call["id"], call["function"]["name"], call["function"]["arguments"])
             for call in message.get("tool_calls") or ()
         ]
-        output = _output(message.get("reasoning"), message.get("content"), calls)
+        output = self._output(message.get("reasoning"), message.get("content"), calls)
         self._response = self._made(output, self._status(), self._told_usage())
         return self._response
 
@@ -187,7 +187,7 @@ class ResponsesTranslation(Translation):
         content = "".join(item.text for item in self._items if item.kind == "content")
         calls = [item for item in self._items if item.kind == "tool_call"]
         if self._echo["tool_choice"] == "none":
-            return _output(reasoning, content, [])
+            return self._output(reasoning, content, [])
         text = self._text()
         spelled = not reasoning and text.startswith(content)
         made: list[tuple[str, str, str]]
@@ -200,7 +200,7 @@ class ResponsesTranslation(Translation):
                 made = [(call.call_id, call.name, _rewritten(call.text)) for call in calls]
             except ValueError:
                 content, made = text or content, []
-        return _output(reasoning, "" if made and not content.strip() else content, made)
+        return self._output(reasoning, "" if made and not content.strip() else content, made)
 
     def _text(self) -> str:
         """The whole text that was generated, tool calls and all.
@@ -249,7 +249,7 @@ class ResponsesTranslation(Translation):
         at = len(self._items) - 1
         begun: Json
         if item.kind == "tool_call":
-            begun = _call(item.item_id, item.public_call_id, item.name, "", "in_progress")
+            begun = self._call(item.item_id, item.public_call_id, item.name, "", "in_progress")
         elif item.kind == "content":
             begun = _message(item.item_id, [], "in_progress")
         else:
@@ -291,9 +291,34 @@ class ResponsesTranslation(Translation):
             if item.grown:
                 said = {"arguments": item.text, "name": item.name}
                 yield self._at(item, said, "response.function_call_arguments.done")
-            whole = _call(item.item_id, item.public_call_id, item.name, item.text, "completed")
+            whole = self._call(item.item_id, item.public_call_id, item.name, item.text, "completed")
         at = len(self._items) - 1
         yield {"item": whole, "output_index": at, "sequence_number": 0, "type": "response.output_item.done"}
+
+    def _output(
+        self, reasoning: str | None, content: str | None, calls: list[tuple[str, str, str]]
+    ) -> list[Json]:
+        """The items of a whole response; ``calls`` are (call id, name, arguments)."""
+        items: list[Json] = []
+        if reasoning:
+            items.append(_thought(f"rs_{_hex()}", [{"text": reasoning, "type": "reasoning_text"}], None))
+        if content:
+            part: Json = {"annotations": [], "text": content, "type": "output_text", "logprobs": None}
+            items.append(_message(f"msg_{_hex()}", [part], "completed"))
+        for call_id, name, arguments in calls:
+            items.append(self._call(f"fc_{_hex()}", call_id, name, arguments, "completed"))
+        return items
+
+    def _call(self, item_id: str, call_id: str, name: str, arguments: str, status: str) -> Json:
+        item = {
+            "arguments": arguments,
+            "call_id": call_id,
+            "name": name,
+            "type": "function_call",
+            "id": item_id,
+        }
+        unset = ("async", "caller", "namespace") if self._habits.newer else ("caller", "namespace")
+        return {**item, **dict.fromkeys(unset), "status": status}
 
     def _at(self, item: _Item, said: Json, kind: str) -> Json:
         place: Json = {"item_id": item.item_id, "output_index": len(self._items) - 1}
@@ -307,7 +332,7 @@ class ResponsesTranslation(Translation):
             event["sequence_number"] = self._number
             self._number += 1
             ordered = dict(sorted(event.items()))
-            if "name" in ordered:  # vLLM writes it last
+            if "name" in ordered and self._habits.newer:  # a field that this event's type lacks
                 ordered["name"] = ordered.pop("name")
             sent.append(b"event: " + event["type"].encode() + b"\ndata: " + orjson.dumps(ordered) + b"\n\n")
         return b"".join(sent)
@@ -364,19 +389,6 @@ def _parts(delta: Json) -> Iterator[Json]:
     yield from calls.values()
 
 
-def _output(reasoning: str | None, content: str | None, calls: list[tuple[str, str, str]]) -> list[Json]:
-    """The items of a whole response; ``calls`` are (call id, name, arguments)."""
-    items: list[Json] = []
-    if reasoning:
-        items.append(_thought(f"rs_{_hex()}", [{"text": reasoning, "type": "reasoning_text"}], None))
-    if content:
-        part: Json = {"annotations": [], "text": content, "type": "output_text", "logprobs": None}
-        items.append(_message(f"msg_{_hex()}", [part], "completed"))
-    for call_id, name, arguments in calls:
-        items.append(_call(f"fc_{_hex()}", call_id, name, arguments, "completed"))
-    return items
-
-
 def _message(item_id: str, content: list[Json], status: str) -> Json:
     item = {"id": item_id, "content": content, "role": "assistant", "status": status}
     return {**item, "type": "message", "phase": None}
@@ -385,11 +397,6 @@ def _message(item_id: str, content: list[Json], status: str) -> Json:
 def _thought(item_id: str, content: list[Json] | None, status: str | None) -> Json:
     item = {"id": item_id, "summary": [], "type": "reasoning", "content": content}
     return {**item, "encrypted_content": None, "status": status}
-
-
-def _call(item_id: str, call_id: str, name: str, arguments: str, status: str) -> Json:
-    item = {"arguments": arguments, "call_id": call_id, "name": name, "type": "function_call", "id": item_id}
-    return {**item, "async": None, "caller": None, "namespace": None, "status": status}
 
 
 def _spelled(tokens: list[str]) -> str:
