@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -139,8 +140,8 @@ def test_nothing_is_asked_where_asking_would_change_the_answer(fields: Json) -> 
     assert prepared(request).body == orjson.dumps(request)
 
 
-def begin(request: Json, *, streamed: bool) -> WireCall:
-    wire = ResponsesWire(HABITS)
+def begin(request: Json, *, streamed: bool, habits: Habits = HABITS) -> WireCall:
+    wire = ResponsesWire(habits)
     body = orjson.dumps(request)
     call = WireCall(wire, body, request, wire.prepare(body, request, tokens=True), Attribution("r1"))
     call.status, call.streamed = 200, streamed
@@ -326,7 +327,7 @@ def test_events_are_those_that_vllm_makes_of_the_same_deltas(deltas: list[Json])
             theirs += processor.emit_delta(part, None)  # type: ignore[arg-type]  # for logprobs only
     theirs += processor.close_current()
 
-    call_ = begin({**TOOLS, "stream": True}, streamed=True)
+    call_ = begin({**TOOLS, "stream": True}, streamed=True, habits=habits_of_the_installed_types())
     head: Json = {"id": "x", "created": 1, "model": "policy", "prompt_token_ids": [1]}
     usage = {"prompt_tokens": 1, "completion_tokens": 1}
     endings: list[Json] = [
@@ -339,6 +340,15 @@ def test_events_are_those_that_vllm_makes_of_the_same_deltas(deltas: list[Json])
 
     written = [f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}" for event in theirs]
     assert comparable(_numbered([event.decode() for event in ours])) == comparable(_numbered(written))
+
+
+def habits_of_the_installed_types() -> Habits:
+    """As of a vLLM in this environment: a tool's fields are those of the openai package."""
+    from openai.types.responses import FunctionTool
+
+    fields = {field.alias or name for name, field in FunctionTool.model_fields.items()}
+    assert HABITS.tool is not None
+    return replace(HABITS, tool={name: value for name, value in HABITS.tool.items() if name in fields})
 
 
 def _numbered(events: list[str]) -> str:
