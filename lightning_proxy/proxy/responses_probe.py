@@ -37,9 +37,10 @@ _SHELL = frozenset(
      "input_messages", "output_messages")
 )  # fmt: skip
 _TOOL = frozenset(
-    ("name", "parameters", "strict", "type", "allowed_callers", "async", "defer_loading", "description",
+    ("name", "parameters", "strict", "type", "allowed_callers", "defer_loading", "description",
      "output_schema")
 )  # fmt: skip
+_NEWER = frozenset(("async",))  # where the engine's openai package is 3.0 or later
 _MESSAGE = frozenset(("id", "content", "role", "status", "type", "phase"))
 
 
@@ -128,7 +129,7 @@ class ResponsesProbe:
             return Habits(asks=False)
         tool = shell["tools"][0]
         messages = [item for item in shell["output"] if item["type"] == "message"]
-        known = shell.keys() == _SHELL and tool.keys() == _TOOL
+        known = shell.keys() == _SHELL and tool.keys() - _NEWER == _TOOL
         if not known or any(message.keys() != _MESSAGE for message in messages):
             log.info("%s/responses answers in a shape of its own: function tools go as they are", self._base)
             return Habits(asks=True)

@@ -203,30 +203,6 @@ class ResponsesTranslation(Translation):
                 content, made = text or content, []
         return self._output(reasoning, "" if made and not content.strip() else content, made)
 
-    def _output(
-        self, reasoning: str | None, content: str | None, calls: list[tuple[str, str, str]]
-    ) -> list[Json]:
-        """The items of a whole response; ``calls`` are (call id, name, arguments)."""
-        items: list[Json] = []
-        if reasoning:
-            items.append(_thought(f"rs_{_hex()}", [{"text": reasoning, "type": "reasoning_text"}], None))
-        if content:
-            part: Json = {"annotations": [], "text": content, "type": "output_text", "logprobs": None}
-            items.append(_message(f"msg_{_hex()}", [part], "completed"))
-        for call_id, name, arguments in calls:
-            items.append(self._call(f"fc_{_hex()}", call_id, name, arguments, "completed"))
-        return items
-
-    def _call(self, item_id: str, call_id: str, name: str, arguments: str, status: str) -> Json:
-        named = self._named(name)
-        item = {"arguments": arguments, "call_id": call_id, "name": named["name"], "type": "function_call"}
-        late = {"async": None, "caller": None, "namespace": named["namespace"], "status": status}
-        return {**item, "id": item_id, **late}
-
-    def _named(self, name: str) -> Json:
-        """The ``name`` and ``namespace`` of what the model calls ``name``."""
-        return self._names.get(name) or {"name": name, "namespace": None}
-
     def _text(self) -> str:
         """The whole text that was generated, tool calls and all.
 
@@ -320,6 +296,31 @@ class ResponsesTranslation(Translation):
         at = len(self._items) - 1
         yield {"item": whole, "output_index": at, "sequence_number": 0, "type": "response.output_item.done"}
 
+    def _output(
+        self, reasoning: str | None, content: str | None, calls: list[tuple[str, str, str]]
+    ) -> list[Json]:
+        """The items of a whole response; ``calls`` are (call id, name, arguments)."""
+        items: list[Json] = []
+        if reasoning:
+            items.append(_thought(f"rs_{_hex()}", [{"text": reasoning, "type": "reasoning_text"}], None))
+        if content:
+            part: Json = {"annotations": [], "text": content, "type": "output_text", "logprobs": None}
+            items.append(_message(f"msg_{_hex()}", [part], "completed"))
+        for call_id, name, arguments in calls:
+            items.append(self._call(f"fc_{_hex()}", call_id, name, arguments, "completed"))
+        return items
+
+    def _call(self, item_id: str, call_id: str, name: str, arguments: str, status: str) -> Json:
+        named = self._named(name)
+        item = {"arguments": arguments, "call_id": call_id, "name": named["name"], "type": "function_call"}
+        unset = ("async", "caller") if self._habits.newer else ("caller",)
+        late = {**dict.fromkeys(unset), "namespace": named["namespace"], "status": status}
+        return {**item, "id": item_id, **late}
+
+    def _named(self, name: str) -> Json:
+        """The ``name`` and ``namespace`` of what the model calls ``name``."""
+        return self._names.get(name) or {"name": name, "namespace": None}
+
     def _at(self, item: _Item, said: Json, kind: str) -> Json:
         place: Json = {"item_id": item.item_id, "output_index": len(self._items) - 1}
         if item.kind != "tool_call":
@@ -332,7 +333,7 @@ class ResponsesTranslation(Translation):
             event["sequence_number"] = self._number
             self._number += 1
             ordered = dict(sorted(event.items()))
-            if "name" in ordered:  # vLLM writes it last
+            if "name" in ordered and self._habits.newer:  # a field that this event's type lacks
                 ordered["name"] = ordered.pop("name")
             sent.append(b"event: " + event["type"].encode() + b"\ndata: " + orjson.dumps(ordered) + b"\n\n")
         return b"".join(sent)

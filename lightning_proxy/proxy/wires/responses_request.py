@@ -56,6 +56,11 @@ class Habits:
     forces_tools: bool = False  # a forced tool call has a grammar, and `text` is null in its echo
 
     @property
+    def newer(self) -> bool:
+        """Whether its types are those of the openai package from version 3 on."""
+        return self.tool is not None and "async" in self.tool
+
+    @property
     def translates(self) -> bool:
         """Whether the engine's answers can be told from those of Chat Completions."""
         return self.shell is not None and self.tool is not None and self.max_model_len > 0
