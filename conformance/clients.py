@@ -218,10 +218,9 @@ CLIENTS: tuple[Client, ...] = (
         "codex",
         "codex exec, its shell",
         "responses",
-        "text",  # natively, a call of tools alone has no logprobs; its tools keep it from being translated
         streams="always",
         variables={"CODEX_API_KEY": "any"},
-        note='`--config openai_base_url="..."` in place of the variable; calls of tools alone are `text`',
+        note='`--config openai_base_url="..."` in place of the variable',
         replies=CODEX,
     ),
     _npm(

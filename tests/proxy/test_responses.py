@@ -271,6 +271,16 @@ def test_an_engine_is_asked_once_how_it_repeats_a_set_of_special_tools(
     assert {span.fidelity for span in recorded(proxy, 6)} == {Fidelity.EXACT}
 
 
+def test_a_set_of_tools_that_was_not_used_for_long_is_asked_for_again(
+    engine: EngineThread, proxy: ProxyThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_proxy.proxy.responses_probe._SETS", 2)
+    for special in (SPACE, SEARCH, SPACE, {**SPACE, "name": "x"}, SPACE, SEARCH):
+        ask(proxy.url, {**PLAIN, "tools": [TOOL, special]})
+    asked = [call.json["tools"][1:] for call in engine.calls if call.json.get("input") == "x"][3:]
+    assert asked == [[SPACE], [SEARCH], [{**SPACE, "name": "x"}], [SEARCH]]
+
+
 @pytest.mark.parametrize(
     ("refusal", "later"),
     [(Script(status=400, body="no such tool"), PATH), (Script(status=503, body="busy"), CHAT)],

@@ -123,6 +123,7 @@ NATIVE_MIXED: list[Json] = [
     {"tools": [SEARCH, {**SPACE, "tools": [{**TOOL, "defer_loading": True}]}]},
     {"tools": [SEARCH, {**SPACE, "tools": [{"type": "custom", "name": "x"}]}]},
     {"tools": [SEARCH, {**SPACE, "tools": None}]},
+    {"tools": [SEARCH, {**SPACE, "name": ""}]},
     {"tools": [TOOL, SEARCH, {"type": "mcp", "server_label": "x"}]},
     {"tools": [TOOL, SEARCH, {"type": "code_interpreter", "container": "x"}]},
     {"tools": [TOOL, SEARCH, {"type": "web_search_preview"}]},
@@ -408,6 +409,31 @@ def test_events_are_those_that_vllm_makes_of_the_same_deltas(deltas: list[Json])
 
     written = [f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}" for event in theirs]
     assert comparable(_numbered([event.decode() for event in ours])) == comparable(_numbered(written))
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")  # vLLM's own imports warn
+def test_a_whole_answers_items_are_those_that_vllm_makes_of_the_same_parts() -> None:
+    from vllm.entrypoints.generate.base.protocol import FunctionCall
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.openai.responses.utils import build_response_output_items
+
+    calls = [
+        {"id": f"call_{'0' * 16}", "name": name, "arguments": "{}"} for name in ("sql", "db__sql", "x__y")
+    ]
+    tools = ResponsesRequest.model_validate(MIXED).tools
+    made = [FunctionCall.model_validate(call) for call in calls]
+    theirs = build_response_output_items("Hm.", "é", made, tools=tools)
+
+    message = {"content": "é", "reasoning": "Hm.", "tool_calls": [
+        {"id": call["id"], "type": "function", "function": call} for call in calls]}  # fmt: skip
+    usage = {"prompt_tokens": 1, "completion_tokens": 1}
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+    answer = {"model": "policy", "created": 1, "choices": [choice], "usage": usage}
+    call = begin(MIXED, streamed=False, habits=habits_of_the_installed_types(), special=ECHO)
+    ours = json.loads(call.whole(orjson.dumps(answer)))["output"]
+    written = [item.model_dump(mode="json", by_alias=True) for item in theirs]
+    assert comparable(json.dumps(ours)) == comparable(json.dumps(written))
 
 
 def habits_of_the_installed_types() -> Habits:

@@ -97,7 +97,7 @@ def _read(given: Any) -> Tools:
 
 
 def _read_namespace(namespace: Json, tools: Tools) -> None:
-    need(isinstance(namespace["name"], str))
+    need(isinstance(namespace["name"], str) and namespace["name"])
     for tool in namespace["tools"]:
         if tool["type"] == "function":
             function = _function(tool)
