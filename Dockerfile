@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # Two images from one file:
-#   docker build --target proxy -t lightning-proxy .        forwards and records; no torch, about 200 MB
+#   docker build --target proxy -t lightning-proxy .        forwards and records; no torch
 #   docker build --target train -t lightning-proxy-train .  also trains; CUDA comes with torch's own wheels
 # `--build-arg EXTRA=gpu` puts vLLM into the second one too, for `serve --model`.
 ARG PYTHON=3.11
@@ -12,7 +12,7 @@ COPY scripts/requirements.py scripts/
 COPY lightning_proxy lightning_proxy
 ARG EXTRA=train
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
- && python scripts/requirements.py > /wheels/core.txt \
+ && python scripts/requirements.py providers compression > /wheels/core.txt \
  && python scripts/requirements.py "${EXTRA}" > /wheels/extra.txt
 
 FROM python:${PYTHON}-slim AS base

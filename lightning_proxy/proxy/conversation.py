@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import orjson
 
+from .wires.messages_request import BILLING
+
 Json: TypeAlias = dict[str, Any]
 
 SYSTEM, USER, ASSISTANT, CALL, RESULT = b"s", b"u", b"a", b"c", b"t"
@@ -120,7 +122,7 @@ def reply_ids(response: Json) -> list[str]:
 def system_of(wire: str, request: Json) -> str:
     """The system prompt, whichever way the wire has it; ``""`` where there is none."""
     if wire == "messages":
-        return _flat(request.get("system"))
+        return _messages_system(request)
     parts = [_flat(request.get("instructions"))] if wire == "responses" else []
     messages = request.get("input" if wire == "responses" else "messages")
     for message in messages if isinstance(messages, list) else ():
@@ -249,8 +251,16 @@ def messages_turns(messages: Iterable[Json]) -> list[Turn]:
     return turns
 
 
+def _messages_system(request: Json) -> str:
+    """Without Claude Code's note to Anthropic, which holds a hash of the call."""
+    system = request.get("system")
+    if isinstance(system, list):
+        system = [block for block in system if not _flat([block]).startswith(BILLING)]
+    return _flat(system)
+
+
 def _messages_request(request: Json) -> Request:
-    system = _flat(request.get("system"))
+    system = _messages_system(request)
     turns = [Turn(SYSTEM, system)] if system else []
     return Request(turns + messages_turns(request.get("messages") or ()))
 

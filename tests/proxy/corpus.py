@@ -21,12 +21,13 @@ Json = dict[str, Any]
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 MESSAGES = "/v1/messages"
+RESPONSES = "/v1/responses"
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
     "WjR9awAAAABJRU5ErkJggg=="
 )
 SQL = {"query": {"type": "string"}}
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "sql",
@@ -68,11 +69,19 @@ def corpus(model: str) -> list[Case]:
         "temperature": 0,
     }
     message = {**chat, "messages": chat["messages"][1:], "system": "items(price, stock)"}
+    response = {
+        "model": model,
+        "instructions": "items(price, stock)",
+        "input": "What is the highest price?",
+        "max_output_tokens": 12,
+        "temperature": 0,
+    }
     completion = {"model": model, "prompt": "once upon", "max_tokens": 12, "temperature": 0}
     return [
         *wire("chat", CHAT, chat, CHAT_FIELDS, CHAT_WRONG),
         *wire("completions", COMPLETIONS, completion, COMPLETION_FIELDS, COMPLETION_WRONG),
         *wire("messages", MESSAGES, message, MESSAGE_FIELDS, MESSAGE_WRONG),
+        *wire("responses", RESPONSES, response, RESPONSE_FIELDS, RESPONSE_WRONG),
         *others(model, chat),
     ]
 
@@ -104,7 +113,7 @@ CHAT_FIELDS: dict[str, Json] = {
         "max_tokens": 40,
     },
     "tools that may not be called": {"tools": [TOOL], "tool_choice": "none"},
-    "tools called in parallel": {"tools": [TOOL, {**TOOL, "function": {**TOOL["function"], "name": "b"}}],  # type: ignore[dict-item]
+    "tools called in parallel": {"tools": [TOOL, {**TOOL, "function": {**TOOL["function"], "name": "b"}}],
                                  "parallel_tool_calls": True, "max_tokens": 40},
     "logprobs": {"logprobs": True},
     "top logprobs": {"logprobs": True, "top_logprobs": 2},
@@ -165,6 +174,42 @@ MESSAGE_WRONG: dict[str, Json] = {
     "a role that nobody knows": {"messages": [{"role": "wizard", "content": "x"}]},
     "a part of no kind": {"messages": [{"role": "user", "content": [{"type": "smell"}]}]},
     "a tool without a name": {"tools": [{"input_schema": {}}]},
+}
+
+FUNCTION: Json = {"type": "function", **TOOL["function"]}
+RESPONSE_FIELDS: dict[str, Json] = {
+    "unicode": {"input": "é漢😀\u2028"},
+    "a conversation": {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+            {"role": "assistant", "content": "hello"},
+            {"role": "user", "content": "and now?"},
+        ]
+    },
+    "tools": {"tools": [FUNCTION], "max_output_tokens": 40},
+    "no choice of tools": {"tools": [FUNCTION], "tool_choice": "none"},
+    "a call and its output": {
+        "tools": [FUNCTION],
+        "input": [
+            {"role": "user", "content": "hi"},
+            {"type": "function_call", "call_id": "c1", "name": "sql", "arguments": '{"query": "é"}'},
+            {"type": "function_call_output", "call_id": "c1", "output": "42"},
+        ],
+    },
+    "stop": {"stop": ["e"]},
+    "one token": {"max_output_tokens": 1},
+    "logprobs asked for": {"include": ["message.output_text.logprobs"]},
+    "messages asked for": {"enable_response_messages": True},
+    "metadata": {"metadata": {"a": "b"}, "user": "u", "store": False},
+}
+RESPONSE_WRONG: dict[str, Json] = {
+    "no input": {"input": None},
+    "an input that is a number": {"input": 7},
+    "an item of no kind": {"input": [{"type": "smell"}]},
+    "a tool without a name": {"tools": [{"type": "function"}]},
+    "a response that there is not": {"previous_response_id": "resp_nobody"},
+    "a choice without tools": {"tool_choice": "required"},
+    "include of what there is not": {"include": ["everything"]},
 }
 
 CHAT_WRONG: dict[str, Json] = {

@@ -267,6 +267,16 @@ def test_an_answer_is_referred_to_by_its_own_id_and_its_items() -> None:
             "messages",
             {"system": [{"type": "text", "text": "a\n"}, {"type": "text", "text": "b"}], "messages": [USER]},
         ),
+        (
+            "messages",
+            {
+                "system": [
+                    {"type": "text", "text": "x-anthropic-billing-header: cch=ab;"},
+                    {"type": "text", "text": "a\nb"},
+                ],
+                "messages": [USER],
+            },
+        ),
     ],
 )
 def test_the_system_prompt_is_found_on_every_wire(wire: str, request_: Json) -> None:

@@ -163,6 +163,22 @@ def test_a_provider_is_called_through_litellm_and_its_calls_are_recorded_as_text
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_an_agent_of_chat_completions_reaches_a_provider_that_speaks_messages(
+    make_proxy: MakeProxy, engine: EngineThread, make_engine: MakeEngine, stream: bool
+) -> None:
+    anthropic = make_engine(FakeEngine(name="claude-x", owner="anthropic"))
+    anthropic.script(Script(text="from afar"), path="/v1/messages")
+    hosted = {"models": ("claude-*",), "provider": "anthropic", "url": anthropic.url}
+    proxy = make_proxy(engine.base_url, upstreams=[hosted])
+    answer = chat(proxy, [("Authorization", "Bearer sk-agent")], model="claude-x", stream=stream)
+    assert (answer.status, text_of(answer)) == (200, "from afar")
+    (call,) = anthropic.calls
+    assert (call.path, call.header("x-api-key")) == ("/v1/messages", "sk-agent")
+    span = recorded(proxy)[0]
+    assert (span.wire, span.fidelity, span.usage is not None) == ("chat", Fidelity.TEXT, not stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_providers_refusal_keeps_its_status_and_its_advice(
     make_proxy: MakeProxy, engine: EngineThread, other: EngineThread, stream: bool
 ) -> None:

@@ -46,7 +46,7 @@ _LEAST_THINKING = 1024  # tokens
 _MOST_STOPS = 4  # vLLM's VLLM_MAX_STOP_STRINGS, unless set otherwise
 _LARGEST = 2**31 - 1
 # An agent's note to Anthropic with a hash that changes per request: vLLM keeps it from the model.
-_BILLING = "x-anthropic-billing-header"
+BILLING = "x-anthropic-billing-header"
 
 
 class NotTranslated(Exception):
@@ -126,7 +126,7 @@ def _inline_text(message: Json) -> str:
 
 
 def _without_billing(texts: Iterable[Any]) -> str:
-    return "".join(text for text in map(_text_or_empty, texts) if not text.startswith(_BILLING))
+    return "".join(text for text in map(_text_or_empty, texts) if not text.startswith(BILLING))
 
 
 def _as_system(text: str) -> list[Json]:
