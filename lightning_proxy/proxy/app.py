@@ -336,7 +336,7 @@ def _greeting(parts: Parts, engine_process: EngineProcess | None) -> str:
     return (
         f"lightning-proxy listens on {parts.base_url} before {behind}; "
         f"spans go to {parts.settings.store.db}\n"
-        f"  agents:  export OPENAI_BASE_URL={parts.base_url}/v1"
+        f"  agents:  export OPENAI_BASE_URL={parts.base_url}/v1    # or ANTHROPIC_BASE_URL={parts.base_url}"
     )
 
 
