@@ -17,10 +17,13 @@ Read ``forward.py`` first: one call, from the agent's first byte to its last.
 ``encoding``        compressed bodies, taken apart for the record (no I/O)
 ``encoded``         an answer that came compressed (no I/O)
 ``redaction``       keys that came with a request, kept out of the record (no I/O)
-``upstream``        connections to the engine; which headers travel
+``upstreams``       which endpoint takes a call, and what its wire must know of it
+``upstream``        connections to one endpoint; which headers travel
+``providers``       endpoints that litellm makes speak the OpenAI API
 ``recorder``        a finished call becomes a committed span
 ``hold``            calls wait here while weights change
 ``engine``          the control routes of vLLM: pause, reload, resume, probe
+``responses_probe`` how the engine repeats a request in its Responses
 ``engine_process``  vLLM as our child
 ``switch``          promotion and rollback of policy versions
 ``control``         ``/api/`` and ``/reward``
