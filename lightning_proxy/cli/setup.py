@@ -78,7 +78,7 @@ def serve(
 def demo(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which tasks, and all else that is random.")] = 0,
     iterations: Annotated[
-        int | None, typer.Option("--iterations", min=1, help="Most turns of the loop. Default: 16.")
+        int | None, typer.Option("--iterations", min=1, help="Most turns of the loop. Default: 24.")
     ] = None,
     workdir: Annotated[
         Path, typer.Option("--workdir", metavar="DIR", help="Database, logs, weights and curve go there.")
