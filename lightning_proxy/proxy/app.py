@@ -26,7 +26,12 @@ from lightning_proxy.store import Store, VersionStatus, Writer
 
 from .attribution import api_keys
 from .auth import Guard
-from .control import Control, http_status
+from .control.access import Access
+from .control.policies import PolicyRoutes
+from .control.requests import http_status
+from .control.rewards import RewardRoutes
+from .control.rollouts import RolloutRoutes
+from .control.state import StateRoutes
 from .engine import Engine
 from .engine_process import EngineProcess
 from .forward import Forwarder
@@ -96,23 +101,32 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
     guard = Guard(settings.proxy.token, parts.attributor)
     app = web.Application(client_max_size=settings.proxy.max_body_mb * 2**20, middlewares=[_door(guard)])
     app[PARTS] = parts
-    control = Control(
-        writer=parts.writer,
-        read=parts.reader,
-        switch=parts.switch,
-        hold=parts.hold,
-        engine=parts.engine,
-        attributor=parts.attributor,
-        metrics=parts.metrics,
-        base_url=lambda: parts.base_url,
-    )
-    app.add_routes(control.routes())
+    app.add_routes(_own_routes(parts))
     for path in ("/reward", "/api/{unknown:.*}"):  # with a method that our own routes do not have
         app.router.add_route("*", path, _no_such_route)
     app.router.add_route("*", "/{anything:.*}", parts.forwarder.handle)
     app.on_response_prepare.append(only_the_upstreams)
     app.cleanup_ctx.append(_life(parts, engine_process))
     return app
+
+
+def _own_routes(parts: Parts) -> list[web.RouteDef]:
+    """Every route that is ours; all others are forwarded."""
+    access = Access(parts.writer, parts.reader)
+    of_each_kind = (
+        RewardRoutes(access, parts.metrics),
+        RolloutRoutes(access, parts.attributor, lambda: parts.base_url),
+        PolicyRoutes(access, parts.switch),
+        StateRoutes(
+            access,
+            writer=parts.writer,
+            switch=parts.switch,
+            hold=parts.hold,
+            engine=parts.engine,
+            metrics=parts.metrics,
+        ),
+    )
+    return [route for kind in of_each_kind for route in kind.routes()]
 
 
 def _build(settings: Settings, upstream_url: str | None) -> Parts:

@@ -23,6 +23,35 @@ class Fidelity(StrEnum):
     INCOMPLETE = "incomplete"  # capture was cut
 
 
+class ErrorClass(StrEnum):
+    """What went wrong, of a call, of what a call holds, or of a whole attempt.
+
+    A span that ended in an error has one of the first group. The second group is found in calls that
+    ended well. The third says why an attempt or a rollout failed, which may also be one of the others.
+    """
+
+    UPSTREAM_UNREACHABLE = "upstream_unreachable"  # no connection, or none that gave an answer
+    UPSTREAM_ERROR = "upstream_error"  # it answered 5xx
+    UPSTREAM_REFUSED = "upstream_refused"  # it answered 4xx, for none of the reasons below
+    RATE_LIMITED = "rate_limited"  # it answered 429
+    CONTEXT_OVERFLOW = "context_overflow"  # the prompt does not fit into the model's context
+    TIMEOUT = "timeout"  # the upstream, or the attempt, took longer than it may
+    ENGINE_ERROR = "engine_error"  # an error in an answer that began well
+    CUT_STREAM = "cut_stream"  # the answer ended before it was whole
+    CLIENT_DISCONNECT = "client_disconnect"  # the agent left before the answer was whole
+    CAPTURE_FAULT = "capture_fault"  # we could not read the answer; the agent got it all the same
+    PROXY_FAULT = "proxy_fault"  # an error of our own
+
+    REFUSAL = "refusal"  # the model declined
+    TRUNCATED = "truncated"  # the answer ended at its token limit
+    MALFORMED_TOOL_CALL = "malformed_tool_call"  # unknown tool, or arguments that are no JSON or do not fit
+    TOOL_FAILURE = "tool_failure"  # a tool's result, as the agent sent it back, reports an error
+
+    AGENT_CRASH = "agent_crash"  # its command ended with a code other than 0, or by a signal
+    AGENT_LOOP = "agent_loop"  # the agent repeats itself
+    SILENT_DEATH = "silent_death"  # neither a call nor a heartbeat for too long
+
+
 class RolloutState(StrEnum):
     """Where a rollout is. Everything but ``OPEN`` is terminal."""
 
@@ -111,6 +140,7 @@ class Rollout:
     created_at: float = 0.0
     ended_at: float | None = None
     reason: str | None = None  # why it ended as it did
+    error_class: ErrorClass | None = None  # why it failed
     incomplete: str | None = None  # why capture is known to have lost a span of it; None: whole
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -124,6 +154,8 @@ class Attempt:
     started_at: float
     ended_at: float | None = None
     state: RolloutState = RolloutState.OPEN
+    reason: str | None = None
+    error_class: ErrorClass | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import orjson
 
 from lightning_proxy.errors import Conflict, InvalidInput, UnknownTarget
 from lightning_proxy.store.connection import Connection
-from lightning_proxy.store.records import Attempt, KeyOwner, Rollout, RolloutState
+from lightning_proxy.store.records import Attempt, ErrorClass, KeyOwner, Rollout, RolloutState
 
 _ADD_ROLLOUT = "INSERT OR IGNORE INTO rollouts (rollout_id, state, created_at) VALUES (?, 'open', ?)"
 _ADD_ATTEMPT = """
@@ -90,15 +90,36 @@ class Rollouts(Connection):
     def list_attempts(self, rollout_id: str) -> list[Attempt]:
         """Its attempts, first to last."""
         rows = self.rows("SELECT * FROM attempts WHERE rollout_id = ? ORDER BY number", (rollout_id,))
-        return [Attempt(**{**dict(row), "state": RolloutState(row["state"])}) for row in rows]
+        return [
+            Attempt(
+                **{
+                    **dict(row),
+                    "state": RolloutState(row["state"]),
+                    "error_class": error_class_from(row["error_class"]),
+                }
+            )
+            for row in rows
+        ]
 
-    def finish_rollout(self, rollout_id: str, state: RolloutState, reason: str | None = None) -> Rollout:
+    def finish_rollout(
+        self,
+        rollout_id: str,
+        state: RolloutState,
+        reason: str | None = None,
+        error_class: ErrorClass | None = None,
+    ) -> Rollout:
         """End a rollout and its last attempt; ending it the same way again changes nothing.
 
-        Raises ``UnknownTarget``, ``Conflict`` where it has ended otherwise, ``InvalidInput`` for ``OPEN``.
+        Raises ``UnknownTarget``, ``Conflict`` where it has ended otherwise, ``InvalidInput`` for ``OPEN``
+        and for a success with an ``error_class``.
         """
         if state is RolloutState.OPEN:
             raise InvalidInput("a rollout ends as succeeded, failed or cancelled; open is where it starts")
+        if state is RolloutState.SUCCEEDED and error_class is not None:
+            raise InvalidInput(
+                f"a rollout that succeeded has no error_class, and this has {error_class.value}"
+            )
+        failure = None if error_class is None else error_class.value
         now = time.time()
         with self.transaction():
             present = self.get_rollout(rollout_id)
@@ -107,13 +128,14 @@ class Rollouts(Connection):
             if present.state is not RolloutState.OPEN:
                 raise Conflict(f"rollout {rollout_id!r} has already ended as {present.state.value}")
             self.connection.execute(
-                "UPDATE rollouts SET state = ?, ended_at = ?, reason = ? WHERE rollout_id = ?",
-                (state.value, now, reason, rollout_id),
+                "UPDATE rollouts SET state = ?, ended_at = ?, reason = ?, error_class = ? "
+                "WHERE rollout_id = ?",
+                (state.value, now, reason, failure, rollout_id),
             )
             self.connection.execute(
-                "UPDATE attempts SET state = ?, ended_at = ? WHERE rollout_id = ? AND number = "
-                "(SELECT max(number) FROM attempts WHERE rollout_id = ?)",
-                (state.value, now, rollout_id, rollout_id),
+                "UPDATE attempts SET state = ?, ended_at = ?, reason = ?, error_class = ? "
+                "WHERE rollout_id = ? AND number = (SELECT max(number) FROM attempts WHERE rollout_id = ?)",
+                (state.value, now, reason, failure, rollout_id, rollout_id),
             )
             return self.get_rollout(rollout_id)
 
@@ -147,9 +169,15 @@ def rollout_from(row: sqlite3.Row) -> Rollout:
         created_at=row["created_at"],
         ended_at=row["ended_at"],
         reason=row["reason"],
+        error_class=error_class_from(row["error_class"]),
         incomplete=row["incomplete"],
         metadata=orjson.loads(row["metadata"]),
     )
+
+
+def error_class_from(text: str | None) -> ErrorClass | None:
+    """A column with the class of a failure."""
+    return None if text is None else ErrorClass(text)
 
 
 def encode(value: Mapping[str, Any]) -> str:

@@ -152,6 +152,14 @@ def retries_and_conversations(db: Database) -> None:
     db.execute("CREATE INDEX spans_by_conversation ON spans (conversation) WHERE conversation IS NOT NULL")
 
 
+@migrations()
+def failures(db: Database) -> None:
+    """Why an attempt ended as it did, and which class of failure it was."""
+    for table in ("rollouts", "attempts"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN error_class TEXT")
+    db.execute("ALTER TABLE attempts ADD COLUMN reason TEXT")
+
+
 def _statements(script: str) -> list[str]:
     """Split a script on ';' at line end, so that it can run inside the migration's transaction."""
     parts = [part.strip() for part in script.split(";\n")]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lightning_proxy.errors import Conflict, InvalidInput, UnknownTarget
-from lightning_proxy.store import Fidelity, KeyOwner, RolloutState, Store
+from lightning_proxy.store import ErrorClass, Fidelity, KeyOwner, RolloutState, Store
 from tests.store.support import make_span
 
 
@@ -92,6 +92,17 @@ def test_finishing_ends_the_rollout_and_its_last_attempt_once(store: Store) -> N
         store.finish_rollout("r1", RolloutState.FAILED)
     states = [attempt.state for attempt in store.list_attempts("r1")]
     assert states == [RolloutState.OPEN, RolloutState.SUCCEEDED]
+
+
+def test_a_failure_has_its_class_on_the_rollout_and_on_its_last_attempt(store: Store) -> None:
+    store.create_rollout(rollout_id="r1")
+    failed = store.finish_rollout("r1", RolloutState.FAILED, "exit code 1", ErrorClass.AGENT_CRASH)
+    assert failed.error_class is ErrorClass.AGENT_CRASH
+    (attempt,) = store.list_attempts("r1")
+    assert (attempt.reason, attempt.error_class) == ("exit code 1", ErrorClass.AGENT_CRASH)
+    store.create_rollout(rollout_id="r2")
+    with pytest.raises(InvalidInput, match="no error_class"):
+        store.finish_rollout("r2", RolloutState.SUCCEEDED, error_class=ErrorClass.TIMEOUT)
 
 
 def test_a_rollout_is_not_finished_as_open(store: Store) -> None:

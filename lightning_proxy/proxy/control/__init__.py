@@ -1,0 +1,11 @@
+"""Our own routes, one file each kind.
+
+``rewards``   ``POST /reward``
+``rollouts``  ``/api/rollouts``, ``/api/spans``
+``policies``  ``/api/policies``, ``/api/runs``
+``state``     ``/api/stats``, ``/healthz``, ``/readyz``, ``/metrics``
+``access``    their ways to the store
+``requests``  reading what was sent, answering, and the status with which an error leaves the house
+
+A file has a class with ``routes()``; ``app.py`` puts them together.
+"""

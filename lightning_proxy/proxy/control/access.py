@@ -1,0 +1,39 @@
+"""The ways of the control routes to the store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from lightning_proxy.errors import StoreUnavailable
+from lightning_proxy.store import Store, Writer
+
+T = TypeVar("T")
+_STORE_PATIENCE_S = 15.0
+
+
+class Access:
+    """Changes go through the one writer, questions through a connection of their own."""
+
+    def __init__(self, writer: Writer, read: Callable[[Callable[[Store], Any]], Any]) -> None:
+        """``read`` asks the store and blocks: it is called off the loop."""
+        self._writer = writer
+        self._read_blocking = read
+
+    async def write(self, change: Callable[[Store], T]) -> T:
+        """Run a change through the one writer; return when it is durable."""
+        future = self._writer.submit(change)
+        done, _ = await asyncio.wait((future,), timeout=_STORE_PATIENCE_S)
+        if not done:
+            future.cancel()  # nobody waits for it; it may be written yet, which a key makes safe
+            raise StoreUnavailable(
+                f"the store is not writing ({self._writer.last_error or 'busy'}); try again, with the same "
+                "idempotency_key"
+            )
+        return future.result()
+
+    async def read(self, question: Callable[[Store], T]) -> T:
+        """Ask the store a question."""
+        answer: T = await asyncio.to_thread(self._read_blocking, question)
+        return answer
