@@ -8,6 +8,7 @@ tables), then the part that you are after::
     spans.py        spans and generations; adding one is the hot path
     packing.py      token ids and logprobs as bytes
     rewards.py      the ledger of rewards
+    returns.py      what the rewards of a rollout add up to
     policies.py     versions of policies: staged, active, retired, rejected
     runs.py         training runs: leases, draining, committing
     store.py        `Store`, all of the above in one class, with the lists and counts across them
@@ -22,6 +23,7 @@ from lightning_proxy.store.json_view import as_json
 from lightning_proxy.store.records import (
     Attempt,
     Backlog,
+    Companion,
     ConversationEnd,
     ErrorClass,
     Fidelity,
@@ -38,12 +40,14 @@ from lightning_proxy.store.records import (
     TrainingRun,
     VersionStatus,
 )
+from lightning_proxy.store.returns import RewardRule
 from lightning_proxy.store.store import Store
 from lightning_proxy.store.writer import Writer
 
 __all__ = [
     "Attempt",
     "Backlog",
+    "Companion",
     "ConversationEnd",
     "ErrorClass",
     "Fidelity",
@@ -52,6 +56,7 @@ __all__ = [
     "PolicyVersion",
     "RecordedRollout",
     "Reward",
+    "RewardRule",
     "Rollout",
     "RolloutState",
     "RolloutSummary",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from lightning_proxy.errors import (
     UnknownTarget,
 )
 
-SCHEMA_VERSION = 3  # PRAGMA user_version once every migration of schema.py has been applied
+SCHEMA_VERSION = 4  # PRAGMA user_version once every migration of schema.py has been applied
 
 Synchronous = Literal["normal", "full"]
 
@@ -180,6 +180,13 @@ class Connection:
         """All rows of a query."""
         try:
             return self.connection.execute(sql, parameters).fetchall()
+        except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
+            raise translated(error) or error from error
+
+    def each(self, sql: str, parameters: _Parameters = ()) -> Iterator[sqlite3.Row]:
+        """The rows of a query one at a time, for who may not want them all."""
+        try:
+            yield from self.connection.execute(sql, parameters)
         except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
             raise translated(error) or error from error
 

@@ -160,13 +160,14 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A finite number for a rollout, an attempt (``attempt`` set) or a span (``span_id`` set).
+    """An entry of the ledger, for a rollout, an attempt (``attempt`` set) or a span (``span_id`` set).
 
-    The ledger only grows. Of the rewards with the same target and name, the last one counts.
+    The ledger only grows. Of the values with the same target and name, the last one counts. An entry
+    without a value is a comment or a demonstration alone: it leaves the value before it as it is.
     """
 
     rollout_id: str
-    value: float
+    value: float | None  # finite
     reward_id: int | None = None
     attempt: int | None = None
     span_id: int | None = None
@@ -175,6 +176,8 @@ class Reward:
     comment: str | None = None
     idempotency_key: str | None = None
     created_at: float = 0.0
+    # What would have been right: a text, or a message as the API has it.
+    demonstration: str | Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +213,14 @@ class TrainingRun:
 
 
 @dataclass(frozen=True, slots=True)
+class Companion:
+    """A rollout that an earlier run compared with another one, and its return now."""
+
+    rollout_id: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
 class RecordedRollout:
     """A rollout with everything a trainer needs: its last attempt's spans in order of start."""
 
@@ -217,6 +228,9 @@ class RecordedRollout:
     attempt: int
     spans: tuple[Span, ...]
     rewards: tuple[Reward, ...]  # those that count: corrected ones are left out
+    value: float | None = None  # its return (returns.py); None: it has none
+    again: bool = False  # a committed run has trained on it before, for another return
+    companions: tuple[Companion, ...] = ()  # where again: the rest of its group in those runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +261,7 @@ class RolloutSummary:
     attempts: int
     spans: int  # of all attempts
     errors: int  # spans that ended in an error
-    reward: float | None  # sum of the rewards that count for its last attempt; None: there are none
+    reward: float | None  # its return, of its last attempt (returns.py); None: it has none
     last_span_at: float | None  # when its newest span ended
 
 
@@ -258,3 +272,4 @@ class Backlog:
     rollouts_ready: int  # what a drain would give
     rollouts_unrewarded: int  # the same but for a reward
     spans: int  # of the policy, in the rollouts that are ready
+    rollouts_again: int = 0  # of those that are ready, the ones that a run has trained on before

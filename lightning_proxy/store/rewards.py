@@ -1,18 +1,34 @@
-"""The ledger of rewards: it only grows, and the last of the same target and name counts."""
+"""The ledger of rewards: it only grows, and the last value of the same target and name counts."""
 
 from __future__ import annotations
 
 import math
 import sqlite3
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lightning_proxy.errors import InvalidInput, UnknownTarget
+import orjson
+
+from lightning_proxy.errors import InvalidInput, RequestError, UnknownTarget
 from lightning_proxy.store.records import Reward
+from lightning_proxy.store.returns import RewardRule
 from lightning_proxy.store.rollouts import check_attempt
 from lightning_proxy.store.spans import Spans
 
 _SPAN = "SELECT span_id, rollout_id, attempt FROM spans"
+_ADD_REWARD = """
+INSERT INTO rewards (rollout_id, attempt, span_id, name, value, source, comment, idempotency_key,
+  created_at, demonstration) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+# An entry that a later one of the same target and name replaces is left out.
+_DEMONSTRATIONS = """
+SELECT * FROM rewards AS w WHERE w.demonstration IS NOT NULL AND w.reward_id > ?
+  AND NOT EXISTS (
+    SELECT 1 FROM rewards AS later WHERE later.rollout_id = w.rollout_id AND later.reward_id > w.reward_id
+      AND later.attempt IS w.attempt AND later.span_id IS w.span_id AND later.name = w.name
+      AND later.demonstration IS NOT NULL)
+ORDER BY w.reward_id LIMIT ?"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +41,12 @@ class _Target:
 class Rewards(Spans):
     """The rewards' part of the store."""
 
+    rule: RewardRule = RewardRule()  # set by whoever opens the store with settings at hand
+
     def add_reward(
         self,
         *,
-        value: float,
+        value: float | None = None,
         rollout_id: str | None = None,
         response_id: str | None = None,
         span_id: int | None = None,
@@ -36,60 +54,91 @@ class Rewards(Spans):
         name: str = "reward",
         source: str | None = None,
         comment: str | None = None,
+        demonstration: str | Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> tuple[Reward, bool]:
         """Enter a reward; true where it is new, false with the first one for a known ``idempotency_key``.
 
         The target is a rollout (with ``attempt``: that attempt), or the span with this id or with
-        this id of its response. Raises ``InvalidInput`` for a value that is not a finite number or
-        for more or fewer than one target, ``UnknownTarget`` saying what was looked for.
+        this id of its response. A comment or a demonstration (a text, or a message) may stand without a
+        value. Raises ``InvalidInput`` for a value that is not a finite number or for more or fewer than
+        one target, ``UnknownTarget`` saying what was looked for.
         """
-        number = _finite(value)
+        number = None if value is None else _finite(value)
         _check_target(rollout_id, response_id, span_id, attempt)
         _check_texts(name=name, source=source, comment=comment, idempotency_key=idempotency_key)
         if not name:
             raise InvalidInput("name must not be empty; leave it out for 'reward'")
+        shown = None if demonstration is None else _encoded(demonstration)
+        if number is None and comment is None and shown is None:
+            raise InvalidInput("a reward needs a value, a comment or a demonstration")
         with self.transaction():
             if idempotency_key is not None:
                 first = self.row("SELECT * FROM rewards WHERE idempotency_key = ?", (idempotency_key,))
                 if first is not None:
                     return reward_from(first), False
             target = self._target(rollout_id, response_id, span_id, attempt)
+            now = time.time()
             reward_id = self.connection.execute(
-                "INSERT INTO rewards "
-                "(rollout_id, attempt, span_id, name, value, source, comment, idempotency_key, created_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    target.rollout_id,
-                    target.attempt,
-                    target.span_id,
-                    name,
-                    number,
-                    source,
-                    comment,
-                    idempotency_key,
-                    time.time(),
-                ),
-            ).lastrowid
-            row = self.row("SELECT * FROM rewards WHERE reward_id = ?", (reward_id,))
-            assert row is not None  # inserted above, in this transaction
-            return reward_from(row), True
+                _ADD_REWARD,
+                (target.rollout_id, target.attempt, target.span_id, name, number, source, comment,
+                 idempotency_key, now, shown),
+            ).lastrowid  # fmt: skip
+        return (
+            Reward(
+                target.rollout_id, number, reward_id, target.attempt, target.span_id, name, source, comment,
+                idempotency_key, now, demonstration,
+            ),
+            True,
+        )  # fmt: skip
+
+    def add_rewards(self, many: Sequence[Mapping[str, Any]]) -> list[tuple[Reward, bool]]:
+        """Enter all of them, in order, or none: each is the arguments of :meth:`add_reward`.
+
+        Raises as that does, with the place in the list.
+        """
+        entered = []
+        with self.transaction():
+            for place, one in enumerate(many):
+                try:
+                    entered.append(self.add_reward(**one))
+                except RequestError as error:
+                    raise type(error)(f"rewards[{place}]: {error}") from None
+        return entered
 
     def list_rewards(self, rollout_id: str) -> list[Reward]:
         """All entries for a rollout, its attempts and its spans, oldest first."""
         rows = self.rows("SELECT * FROM rewards WHERE rollout_id = ? ORDER BY reward_id", (rollout_id,))
         return [reward_from(row) for row in rows]
 
-    def counting_rewards(self, rollout_id: str) -> tuple[Reward, ...]:
-        """The last entry for each attempt, span and name, in the order of their entry."""
+    def demonstrations(self, *, after: int = 0, limit: int = 1000) -> list[Reward]:
+        """Entries that say what would have been right, oldest first; ``after`` is the id to go on from.
+
+        Of the same target and name, the last one.
+        """
+        return [reward_from(row) for row in self.rows(_DEMONSTRATIONS, (after, limit))]
+
+    def counting_rewards(self, rollout_id: str, until: int | None = None) -> tuple[Reward, ...]:
+        """The last value for each attempt, span and name, in the order of their entry.
+
+        ``until``: as it was when this was the ledger's last entry for the rollout.
+        """
         last: dict[tuple[int | None, int | None, str], Reward] = {}
-        for reward in self.list_rewards(rollout_id):
+        for reward in self._valued(rollout_id, until):
             target = (reward.attempt, reward.span_id, reward.name)
             last.pop(target, None)  # so that the correction stands at its own place in the order
             last[target] = reward
         return tuple(last.values())
 
-    def counting_rewards_of_attempt(self, rollout_id: str, attempt: int) -> tuple[Reward, ...]:
+    def _valued(self, rollout_id: str, until: int | None) -> Iterator[Reward]:
+        for reward in self.list_rewards(rollout_id):
+            assert reward.reward_id is not None  # read from the table
+            if reward.value is not None and (until is None or reward.reward_id <= until):
+                yield reward
+
+    def counting_rewards_of_attempt(
+        self, rollout_id: str, attempt: int, until: int | None = None
+    ) -> tuple[Reward, ...]:
         """Those of :meth:`counting_rewards` that are not for another attempt or a span of another one."""
         others = {
             row["span_id"]
@@ -99,7 +148,7 @@ class Rewards(Spans):
         }
         return tuple(
             reward
-            for reward in self.counting_rewards(rollout_id)
+            for reward in self.counting_rewards(rollout_id, until)
             if reward.attempt in (None, attempt) and reward.span_id not in others
         )
 
@@ -132,12 +181,19 @@ class Rewards(Spans):
 
 def reward_from(row: sqlite3.Row) -> Reward:
     """A row of ``rewards``."""
-    return Reward(**dict(row))
+    values = dict(row)
+    if values["demonstration"] is not None:
+        values["demonstration"] = orjson.loads(values["demonstration"])
+    return Reward(**values)
 
 
 def _finite(value: object) -> float:
     """``value`` as a float. Raises ``InvalidInput`` unless it is a finite number (a bool is none)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool):
+        raise InvalidInput(
+            f"value must be a number, not {str(value).lower()}; for a user's verdict send thumb: up or down"
+        )
+    if not isinstance(value, int | float):
         raise InvalidInput(f"value must be a number, not {value!r:.80}")
     try:
         number = float(value)
@@ -146,6 +202,21 @@ def _finite(value: object) -> float:
     if not math.isfinite(number):
         raise InvalidInput(f"value must be a finite number, not {number!r}")
     return number
+
+
+def _encoded(demonstration: object) -> str:
+    """A demonstration as JSON. Raises ``InvalidInput`` unless it is a text or a message."""
+    if isinstance(demonstration, Mapping):
+        if not isinstance(demonstration.get("role"), str):
+            raise InvalidInput(
+                'a demonstration that is an object is a message: {"role": ..., "content": ...}'
+            )
+    elif not isinstance(demonstration, str):
+        raise InvalidInput(f"demonstration must be a text or a message, not {demonstration!r:.80}")
+    try:
+        return orjson.dumps(demonstration).decode()
+    except TypeError as error:
+        raise InvalidInput(f"the demonstration is no JSON: {error}") from error
 
 
 def _check_target(rollout_id: object, response_id: object, span_id: object, attempt: object) -> None:

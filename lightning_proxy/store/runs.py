@@ -2,6 +2,11 @@
 
 A rollout is consumed by a policy while a run of that policy that is running or committed has it
 in ``consumptions``. So a run's change of state hands over, or gives back, everything at once.
+
+A consumption remembers the last entry of the ledger that the run knew. A rollout that a committed run
+has consumed waits again as soon as its return, with what was entered since, is another one than that
+run knew (or as soon as there are rewards for a later attempt). Both returns are taken by the same
+weights, so that changing a weight opens nothing.
 """
 
 from __future__ import annotations
@@ -9,9 +14,10 @@ from __future__ import annotations
 import math
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -20,6 +26,7 @@ from lightning_proxy.errors import Conflict, InvalidInput, LeaseHeld, LeaseLost,
 from lightning_proxy.store.policies import Policies
 from lightning_proxy.store.records import (
     Backlog,
+    Companion,
     PolicyVersion,
     RecordedRollout,
     RunState,
@@ -29,25 +36,58 @@ from lightning_proxy.store.records import (
 from lightning_proxy.store.rewards import Rewards
 from lightning_proxy.store.rollouts import encode
 
-# Rollouts with a span of the policy in their last attempt that no run of the policy has consumed.
-_UNCONSUMED = """
+# Rollouts with a span of the policy in their last attempt; ``c``: the last run of the policy, running or
+# committed, that has them.
+_OF_POLICY = """
 FROM rollouts AS r
 JOIN attempts AS a ON a.rollout_id = r.rollout_id
   AND NOT EXISTS (SELECT 1 FROM attempts AS b WHERE b.rollout_id = a.rollout_id AND b.number > a.number)
+LEFT JOIN consumptions AS c ON c.rollout_id = r.rollout_id AND c.run_id = (
+  SELECT max(d.run_id) FROM consumptions AS d JOIN training_runs AS t USING (run_id)
+  WHERE d.rollout_id = r.rollout_id AND t.policy = :policy AND t.state IN ('running', 'committed'))
 WHERE EXISTS (SELECT 1 FROM spans AS s
               WHERE s.rollout_id = r.rollout_id AND s.attempt = a.number AND s.policy = :policy)
-  AND NOT EXISTS (SELECT 1 FROM consumptions AS c JOIN training_runs AS t USING (run_id)
-                  WHERE c.rollout_id = r.rollout_id AND t.policy = :policy
-                    AND t.state IN ('running', 'committed'))
 """
-# A reward for that attempt, for one of its spans, or for the rollout as a whole.
+# A value for that attempt, for one of its spans, or for the rollout as a whole.
 _REWARDED = """
 EXISTS (SELECT 1 FROM rewards AS w LEFT JOIN spans AS s ON s.span_id = w.span_id
         WHERE w.rollout_id = r.rollout_id AND (w.attempt IS NULL OR w.attempt = a.number)
-          AND (s.span_id IS NULL OR s.attempt = a.number))
+          AND (s.span_id IS NULL OR s.attempt = a.number)
+          AND w.value IS NOT NULL AND w.name NOT IN (SELECT value FROM json_each(:ignored)))
 """
-_READY = f"SELECT r.rollout_id, a.number {_UNCONSUMED} AND {_REWARDED}"
-_OLDEST_READY = f"{_READY} ORDER BY r.created_at, r.rollout_id LIMIT :limit"
+# A committed run has it, and values came later than it knew. Whether they make another return is for
+# `RewardRule` to say.
+_LATE = """
+(:late AND EXISTS (SELECT 1 FROM rewards AS w WHERE w.rollout_id = r.rollout_id
+                   AND w.reward_id > coalesce(c.last_reward_id, 0) AND w.value IS NOT NULL)
+ AND (SELECT t.state FROM training_runs AS t WHERE t.run_id = c.run_id) = 'committed')
+"""
+_CANDIDATES = f"""
+SELECT r.rollout_id, a.number, c.run_id, c.attempt, c.last_reward_id
+{_OF_POLICY} AND (c.run_id IS NULL OR {_LATE}) AND {_REWARDED} ORDER BY r.created_at, r.rollout_id
+"""
+_UNREWARDED = f"SELECT count(*) {_OF_POLICY} AND c.run_id IS NULL AND NOT {_REWARDED}"
+_CONSUME = """
+INSERT INTO consumptions (run_id, rollout_id, attempt, last_reward_id)
+VALUES (?, ?, ?, (SELECT max(reward_id) FROM rewards WHERE rollout_id = ?)) RETURNING last_reward_id"""
+_COMPANIONS = """
+SELECT other.rollout_id, max(other.attempt) AS attempt
+FROM consumptions AS mine JOIN training_runs AS t USING (run_id)
+JOIN consumptions AS other ON other.run_id = mine.run_id AND other.group_key = mine.group_key
+WHERE mine.rollout_id = ? AND t.policy = ? AND t.state = 'committed' AND other.rollout_id <> mine.rollout_id
+GROUP BY other.rollout_id"""
+_SPANS_OF = """
+SELECT count(*) FROM json_each(?) AS ready JOIN spans AS s
+ON s.rollout_id = ready.value ->> 0 AND s.attempt = ready.value ->> 1 AND s.policy = ?"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A rollout that waits: its last attempt, and whether a committed run has trained on it before."""
+
+    rollout_id: str
+    attempt: int
+    again: bool
 
 
 class Runs(Rewards, Policies):
@@ -86,21 +126,20 @@ class Runs(Rewards, Policies):
         """Take up to ``limit`` rollouts for this run, oldest first.
 
         Those that have a reward and a span of the run's policy in their last attempt and that no
-        other run of the policy holds or has consumed. Raises ``UnknownTarget``, ``LeaseLost``.
+        other run of the policy holds or has consumed; and those that one has consumed, if late rewards
+        gave them another return. Raises ``UnknownTarget``, ``LeaseLost``.
         """
         with self.transaction():
             run = self._leased(run_id)
-            taken = self._oldest_ready(run.policy, limit)
-            self.connection.executemany(
-                "INSERT INTO consumptions (run_id, rollout_id) VALUES (?, ?)",
-                [(run_id, rollout_id) for rollout_id, _ in taken],
-            )
-        return [self._recorded(rollout_id, attempt) for rollout_id, attempt in taken]
+            taken = list(islice(self._ready(run.policy), limit))
+            known = [
+                self.scalar(_CONSUME, (run_id, one.rollout_id, one.attempt, one.rollout_id)) for one in taken
+            ]
+        return [self._recorded(run.policy, one, until) for one, until in zip(taken, known, strict=True)]
 
     def preview(self, policy: str, limit: int) -> list[RecordedRollout]:
         """What :meth:`drain` would give, left where it is."""
-        ready = self._oldest_ready(policy, limit)
-        return [self._recorded(rollout_id, attempt) for rollout_id, attempt in ready]
+        return [self._recorded(policy, one) for one in list(islice(self._ready(policy), limit))]
 
     def give_back(self, run_id: int, rollout_ids: Iterable[str]) -> None:
         """Leave these rollouts of the run to a later one. Raises ``UnknownTarget``, ``LeaseLost``.
@@ -123,11 +162,19 @@ class Runs(Rewards, Policies):
                 "UPDATE training_runs SET lease_expires_at = ? WHERE run_id = ?", (expires_at, run_id)
             )
 
-    def commit_run(self, run_id: int, *, report: Mapping[str, Any], version: PolicyVersion | None) -> None:
+    def commit_run(
+        self,
+        run_id: int,
+        *,
+        report: Mapping[str, Any],
+        version: PolicyVersion | None,
+        groups: Mapping[str, str] | None = None,
+    ) -> None:
         """Consume what was drained and stage the version made from it, in one transaction.
 
-        ``version=None``: it was consumed without an update. Raises ``UnknownTarget``, ``LeaseLost``,
-        ``Conflict`` where the version's number is taken.
+        ``version=None``: it was consumed without an update. ``groups``: the group that a rollout was
+        compared in, by its id, so that it finds its companions should it come again. Raises
+        ``UnknownTarget``, ``LeaseLost``, ``Conflict`` where the version's number is taken.
         """
         encoded = encode(report)
         with self.transaction():
@@ -135,6 +182,10 @@ class Runs(Rewards, Policies):
             self.connection.execute(
                 "UPDATE training_runs SET state = 'committed', ended_at = ?, report = ? WHERE run_id = ?",
                 (time.time(), encoded, run_id),
+            )
+            self.connection.executemany(
+                "UPDATE consumptions SET group_key = ? WHERE run_id = ? AND rollout_id = ?",
+                [(group, run_id, rollout_id) for rollout_id, group in (groups or {}).items()],
             )
             if version is not None:
                 if version.policy != run.policy:
@@ -173,15 +224,14 @@ class Runs(Rewards, Policies):
 
     def backlog(self, policy: str) -> Backlog:
         """What waits for the policy's next run. A run in progress holds what it drained: not counted."""
-        named = {"policy": policy}
-        ready, spans = self.rows(
-            f"SELECT count(*), coalesce(sum((SELECT count(*) FROM spans AS s "
-            f"WHERE s.rollout_id = ready.rollout_id AND s.attempt = ready.number "
-            f"AND s.policy = :policy)), 0) FROM ({_READY}) AS ready",
-            named,
-        )[0]
-        unrewarded = self.scalar(f"SELECT count(*) {_UNCONSUMED} AND NOT {_REWARDED}", named)
-        return Backlog(rollouts_ready=ready, rollouts_unrewarded=unrewarded, spans=spans)
+        ready = list(self._ready(policy))
+        pairs = orjson.dumps([(one.rollout_id, one.attempt) for one in ready]).decode()
+        return Backlog(
+            rollouts_ready=len(ready),
+            rollouts_unrewarded=self.scalar(_UNREWARDED, self._named(policy)),
+            spans=self.scalar(_SPANS_OF, (pairs, policy)),
+            rollouts_again=sum(one.again for one in ready),
+        )
 
     def _leased(self, run_id: int) -> TrainingRun:
         run = self.get_run(run_id)
@@ -191,17 +241,45 @@ class Runs(Rewards, Policies):
             raise LeaseLost(f"the lease of run {run_id} ran out at {_clock(run.lease_expires_at)}")
         return run
 
-    def _oldest_ready(self, policy: str, limit: int) -> list[tuple[str, int]]:
-        rows = self.rows(_OLDEST_READY, {"policy": policy, "limit": limit})
-        return [(row["rollout_id"], row["number"]) for row in rows]
+    def _ready(self, policy: str) -> Iterator[_Ready]:
+        """What waits, oldest first."""
+        for row in self.each(_CANDIDATES, self._named(policy)):
+            again = row["run_id"] is not None
+            if not again or self._differs(row):
+                yield _Ready(row["rollout_id"], row["number"], again)
 
-    def _recorded(self, rollout_id: str, attempt: int) -> RecordedRollout:
+    def _differs(self, row: sqlite3.Row) -> bool:
+        """Whether what was entered later makes another return, or is for another attempt."""
+        rollout_id, attempt = row["rollout_id"], row["number"]
+        if row["attempt"] not in (None, attempt):
+            return True
+        known = self.counting_rewards_of_attempt(rollout_id, attempt, row["last_reward_id"] or 0)
+        present = self.counting_rewards_of_attempt(rollout_id, attempt)
+        return self.rule.return_of(known) != self.rule.return_of(present)
+
+    def _named(self, policy: str) -> dict[str, Any]:
+        ignored = orjson.dumps(self.rule.ignored).decode()
+        return {"policy": policy, "late": self.rule.late, "ignored": ignored}
+
+    def _recorded(self, policy: str, ready: _Ready, until: int | None = None) -> RecordedRollout:
+        rewards = self.counting_rewards_of_attempt(ready.rollout_id, ready.attempt, until)
         return RecordedRollout(
-            rollout=self.get_rollout(rollout_id),
-            attempt=attempt,
-            spans=self.spans_of_attempt(rollout_id, attempt),
-            rewards=self.counting_rewards_of_attempt(rollout_id, attempt),
+            rollout=self.get_rollout(ready.rollout_id),
+            attempt=ready.attempt,
+            spans=self.spans_of_attempt(ready.rollout_id, ready.attempt),
+            rewards=rewards,
+            value=self.rule.return_of(rewards),
+            again=ready.again,
+            companions=tuple(self._companions(policy, ready.rollout_id)) if ready.again else (),
         )
+
+    def _companions(self, policy: str, rollout_id: str) -> Iterator[Companion]:
+        """Those that committed runs compared with this rollout, with their returns as they are now."""
+        for row in self.rows(_COMPANIONS, (rollout_id, policy)):
+            rewards = self.counting_rewards_of_attempt(row["rollout_id"], row["attempt"])
+            value = self.rule.return_of(rewards)
+            if value is not None:
+                yield Companion(row["rollout_id"], value)
 
 
 def _run_from(row: sqlite3.Row) -> TrainingRun:

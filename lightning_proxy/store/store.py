@@ -60,7 +60,7 @@ class Store(Runs):
                     attempts=row["attempts"],
                     spans=row["spans"],
                     errors=row["errors"],
-                    reward=sum(reward.value for reward in rewards) if rewards else None,
+                    reward=self.rule.return_of(rewards),
                     last_span_at=row["last_span_at"],
                 )
             )

@@ -1,0 +1,49 @@
+"""A rollout's return: the one formula, wherever a return is computed or shown."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from lightning_proxy.store.records import Reward
+
+_LARGEST = sys.float_info.max
+
+
+@dataclass(frozen=True, slots=True)
+class RewardRule:
+    """How the rewards that count make up a return, and whether late ones open a rollout again.
+
+    ``weights`` has a signed weight by the reward's name, negative where less is better; a name that is
+    not in it has weight 1, and one of weight 0 is kept in the ledger only. With ``late`` a rollout that
+    was trained on waits for a run again once later rewards give it another return.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    late: bool = True
+
+    def return_of(self, rewards: Iterable[Reward]) -> float | None:
+        """The sum of weight x value, rounded once, so that the order of the rewards makes no difference.
+
+        ``None`` where there is nothing to add up: a missing reward is not a reward of 0. What is beyond a
+        float is its largest number, so that no post can make a rollout unreadable.
+        """
+        values = [
+            weight * reward.value
+            for reward in rewards
+            if reward.value is not None and (weight := self.weights.get(reward.name, 1.0))
+        ]
+        if not values:
+            return None
+        try:
+            total = math.fsum(values)
+        except (OverflowError, ValueError):  # beyond a float on the way, or infinities of both signs
+            total = sum(max(-_LARGEST, min(_LARGEST, value)) for value in values)
+        return max(-_LARGEST, min(_LARGEST, total))
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of weight 0."""
+        return tuple(name for name, weight in self.weights.items() if not weight)
