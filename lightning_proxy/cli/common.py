@@ -43,9 +43,10 @@ def settings_from(config: Path | None, **flags: Any) -> Settings:
 @contextmanager
 def open_store(settings: Settings) -> Iterator[Store]:
     """The recorded data; UnknownTarget where there is none."""
-    from lightning_proxy.store import Store
+    from lightning_proxy.store import RewardRule, Store
 
     with Store.open(settings.store.db, busy_timeout_s=settings.store.busy_timeout_s, create=False) as store:
+        store.rule = RewardRule(settings.reward_weights, late=settings.train.late_rewards == "retrain")
         yield store
 
 

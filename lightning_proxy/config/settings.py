@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 def is_loopback(host: str) -> bool:
@@ -62,6 +62,11 @@ class ProxySettings(_Table):
         repr=False,
         description="Secret that control routes and rewards must carry as `Authorization: Bearer ...`, and "
         "agents as their API key unless they have a key issued for a rollout.",
+    )
+    rollout_keys_reward: bool = Field(
+        default=False,
+        description="Let a key issued for a rollout post rewards for that rollout, where there is a `token`. "
+        "Only for agents that cannot read their own key: one that can may reward itself.",
     )
     upstream: BaseUrl | None = Field(
         default=None,
@@ -222,6 +227,11 @@ class TrainSettings(_Table):
     min_group_size: int = Field(
         default=2, ge=2, description="Groups smaller than this are left for a later run."
     )
+    late_rewards: Literal["retrain", "ignore"] = Field(
+        default="retrain",
+        description="What a reward does that gives a rollout another return after it was trained on: "
+        "`retrain` lets it wait for a run again, `ignore` leaves it.",
+    )
     lease_s: float = Field(
         default=600.0, gt=0, description="A run that is silent for this long has lost what it drained."
     )
@@ -284,6 +294,64 @@ class RoleSettings(_Table):
         return self
 
 
+class RewardSettings(_Table):
+    """A reward that counts otherwise than as it is: by its name.
+
+    A rollout's return is the sum of its rewards, each times its weight, and with the sign turned where less
+    is better. A reward without an entry here counts with weight 1, and more of it is better.
+    """
+
+    name: str = Field(min_length=1, description="Name that the reward is posted under.")
+    weight: float = Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="What it is multiplied by; 0 keeps it in the ledger only.",
+    )
+    direction: Literal["maximize", "minimize"] = Field(
+        default="maximize", description="Whether more of it is better, or less."
+    )
+
+
+class AutomaticRewardSettings(_Table):
+    """Rewards from what is in the traffic already, entered into the ledger when `train` begins.
+
+    All are off by default. They are entered for a rollout that has ended, has been rewarded, or has been
+    quiet for `quiet_s`; once each, under their own names with the source `automatic`.
+    """
+
+    tool_error: float = Field(
+        default=0.0,
+        allow_inf_nan=False,
+        description="For each call whose tool call failed, as the agent reports it to the model, e.g. -0.1; "
+        "0: off.",
+    )
+    malformed_tool_call: float = Field(
+        default=0.0,
+        allow_inf_nan=False,
+        description="For each call that asks for a tool that there is not, or with arguments that do not "
+        "parse or fit; 0: off.",
+    )
+    truncated: float = Field(
+        default=0.0,
+        allow_inf_nan=False,
+        description="For each call whose answer ended at its token limit; 0: off.",
+    )
+    exit_code: bool = Field(
+        default=False,
+        description="1 for a rollout that succeeded (its command's exit code was 0), 0 for one that failed.",
+    )
+    function: str | None = Field(
+        default=None,
+        pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$",
+        description="Python function that judges a rollout, as `path/to/file.py:name`; docs/rewards.md says "
+        "what it is given.",
+    )
+    quiet_s: float = Field(
+        default=600.0, gt=0, description="Silence after which a rollout that nobody ended counts as ended."
+    )
+
+
 class Settings(_Table):
     """All tables of ``lightning.toml``."""
 
@@ -293,4 +361,22 @@ class Settings(_Table):
     engine: EngineSettings = EngineSettings()
     train: TrainSettings = TrainSettings()
     upstreams: tuple[UpstreamSettings, ...] = ()
+    automatic_rewards: AutomaticRewardSettings = AutomaticRewardSettings()
     roles: tuple[RoleSettings, ...] = ()
+    rewards: tuple[RewardSettings, ...] = ()
+
+    @field_validator("rewards")
+    @classmethod
+    def _one_entry_a_name(cls, rewards: tuple[RewardSettings, ...]) -> tuple[RewardSettings, ...]:
+        names = [reward.name for reward in rewards]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the reward {twice[0]!r} has two entries: keep one")
+        return rewards
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weight by name, negative where less is better."""
+        return {
+            reward.name: reward.weight if reward.direction == "maximize" else -reward.weight
+            for reward in self.rewards
+        }

@@ -43,7 +43,9 @@ def render_toml() -> str:
     """The commented ``lightning.toml``: every setting, with its meaning and default, switched off."""
     parts = [_TOML_HEAD]
     for table, cls in tables().items():
-        parts.append(f"\n# {inspect.getdoc(cls)}\n[{table}]\n")
+        parts.append("\n")
+        parts += [f"# {line}".rstrip() + "\n" for line in str(inspect.getdoc(cls)).splitlines()]
+        parts.append(f"[{table}]\n")
         for name, info in cls.model_fields.items():
             parts += [f"# {line}\n" for line in textwrap.wrap(_meaning(info), 100)]
             value = '""  # not set' if info.default is None else _toml_value(info.default)
@@ -94,7 +96,9 @@ def _toml_value(value: Any) -> str:
 
 
 def _example(info: FieldInfo) -> str:
-    """Something of a setting's form, for an entry that has to be written by hand."""
+    """A default, else something of the setting's form, for an entry that has to be written by hand."""
+    if not info.is_required() and info.default:
+        return _toml_value(info.default)
     return '["..."]' if get_origin(info.annotation) is tuple else '"..."'
 
 

@@ -22,7 +22,7 @@ from aiohttp import web
 
 from lightning_proxy.config import Settings
 from lightning_proxy.errors import ConfigError, EngineError, LightningError, PublishFailed
-from lightning_proxy.store import Store, VersionStatus, Writer
+from lightning_proxy.store import RewardRule, Store, VersionStatus, Writer
 
 from .attribution import api_keys
 from .auth import Guard
@@ -199,11 +199,13 @@ def _watch(metrics: Metrics, hold: Hold, writer: Writer, version: Callable[[], i
 
 def open_store(settings: Settings) -> Store:
     """The store that the settings name."""
-    return Store.open(
+    store = Store.open(
         settings.store.db,
         synchronous=settings.store.synchronous,
         busy_timeout_s=settings.store.busy_timeout_s,
     )
+    store.rule = RewardRule(settings.reward_weights, late=settings.train.late_rewards == "retrain")
+    return store
 
 
 # -- life --------------------------------------------------------------------------------------

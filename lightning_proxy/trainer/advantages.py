@@ -32,6 +32,7 @@ def assign(
 ) -> list[TrainableRollout]:
     """The rollouts of all groups with credit and advantage on each transition.
 
+    Those that are ``baseline_only`` count in their group's statistics and are left out of what is returned.
     Raises ``TrainingError`` where the estimator gives something that is not finite.
     """
     rollouts = [replace(rollout, transitions=credit(rollout)) for members in groups for rollout in members]
@@ -44,4 +45,5 @@ def assign(
             rollout, transitions=tuple(replace(each, advantage=float(value)) for each in rollout.transitions)
         )
         for rollout, value in zip(rollouts, advantages_R, strict=True)
+        if not rollout.baseline_only
     ]

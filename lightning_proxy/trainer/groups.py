@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from lightning_proxy.trainer.transitions import Group, LeftOut, Reason, TrainableRollout
 
@@ -14,10 +14,19 @@ BY_PROMPT = "first_prompt"
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """Groups to train on, and the rollouts that are for a later run."""
+    """Groups to train on, the rollouts that are for a later run, and the group of each other one.
+
+    ``keys`` is what the store remembers a group by: method and key as one text, by rollout id.
+    """
 
     groups: tuple[tuple[TrainableRollout, ...], ...]
     for_later: tuple[str, ...]
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> list[TrainableRollout]:
+        """The rollouts of all groups but those that are only compared with."""
+        return [rollout for members in self.groups for rollout in members if not rollout.baseline_only]
 
 
 def form_groups(
@@ -28,23 +37,47 @@ def form_groups(
     Groups smaller than ``min_size`` are for a later run, in which more of their task may have come;
     with ``may_wait`` false they are left out for good. Groups whose returns are all equal are left
     out: every advantage in them is 0. Both are counted in ``left_out``.
+
+    A rollout that comes again after a late reward has left its group behind, in runs that have trained on
+    it. So the others of that group are members here too, with the returns that they have now and
+    ``baseline_only``: they count in the group's size and statistics, and are not trained on again.
     """
     members: dict[Group, list[TrainableRollout]] = {}
     for rollout in rollouts:
         group = group_of(rollout)
         tagged = tuple(replace(transition, group=group) for transition in rollout.transitions)
         members.setdefault(group, []).append(replace(rollout, transitions=tagged))
+    present = {rollout.rollout_id for group_members in members.values() for rollout in group_members}
     kept: list[tuple[TrainableRollout, ...]] = []
     for_later: list[str] = []
-    for group_members in members.values():
-        if len(group_members) < min_size:
+    keys: dict[str, str] = {}
+    for group, group_members in members.items():
+        everyone = (*group_members, *_baseline(group_members, present))
+        if len(everyone) < min_size:
             left_out.rollouts[Reason.GROUP_TOO_SMALL] += len(group_members)
-            for_later += [rollout.rollout_id for rollout in group_members if may_wait]
-        elif len({rollout.value for rollout in group_members}) == 1:
+            if may_wait:
+                for_later += [rollout.rollout_id for rollout in group_members]
+                continue
+        elif len({rollout.value for rollout in everyone}) == 1:
             left_out.rollouts[Reason.GROUP_ALL_EQUAL] += len(group_members)
         else:
-            kept.append(tuple(group_members))
-    return Grouping(tuple(kept), tuple(for_later))
+            kept.append(everyone)
+        keys |= {rollout.rollout_id: f"{group.method}:{group.key}" for rollout in group_members}
+    return Grouping(tuple(kept), tuple(for_later), keys)
+
+
+def _baseline(members: Iterable[TrainableRollout], present: Container[str]) -> list[TrainableRollout]:
+    """What these were compared with in earlier runs, each once, but for what is here itself."""
+    returns = {
+        companion.rollout_id: companion.value
+        for rollout in members
+        for companion in rollout.companions
+        if companion.rollout_id not in present
+    }
+    return [
+        TrainableRollout(rollout_id, None, value, (), baseline_only=True)
+        for rollout_id, value in returns.items()
+    ]
 
 
 def group_of(rollout: TrainableRollout) -> Group:

@@ -25,7 +25,9 @@ class Outcome(StrEnum):
 class TrainReport:
     """JSON-able: ``as_dict`` holds numbers, strings, lists and mappings only.
 
-    ``counts``: ``rollouts, groups, transitions, rows, tokens, tokens_trained, given_back``.
+    ``counts``: ``rollouts, groups, transitions, rows, tokens, tokens_trained, given_back``; ``again``: of
+    the rollouts, those that an earlier run trained on for another return; ``baseline_only``: others of
+    their groups, compared with and not trained on.
     ``left_out``: ``{"rollouts": {reason: n}, "calls": {reason: n}}`` (reasons: ``transitions.Reason``).
     ``metrics``: means over the optimiser's steps, and those of the first step under ``first``.
     ``logprob_difference``: engine's against trainer's logprobs of tokens sampled by the parent

@@ -42,14 +42,15 @@ def train_once(
             batch = this.prepare(recorded)
             store.give_back(lease.run_id, batch.for_later)
             if not batch.rows:
-                return this.commit_nothing(lease)
+                return this.commit_nothing(lease, batch)
             backend = this.open(engine, parent)
             this.compare(backend, batch, parent)
             lease.check()
             this.update(backend, batch.rows, parent)
             lease.check()
             version = this.export(backend, engine, batch.rows, parent)
-            store.commit_run(lease.run_id, report=this.report(Outcome.STAGED_ONLY).as_dict(), version=version)
+            report = this.report(Outcome.STAGED_ONLY).as_dict()
+            store.commit_run(lease.run_id, report=report, version=version, groups=batch.groups)
             engine.now_at(version.version)
     except NothingToTrain as nothing:
         return this.report(Outcome.NOTHING, str(nothing))

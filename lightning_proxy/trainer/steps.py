@@ -12,7 +12,14 @@ import numpy as np
 
 from lightning_proxy.config.settings import Settings
 from lightning_proxy.errors import NothingToTrain, PublishFailed, TrainingError
-from lightning_proxy.store import PolicyVersion, RecordedRollout, RunState, Store, VersionStatus
+from lightning_proxy.store import (
+    PolicyVersion,
+    RecordedRollout,
+    RewardRule,
+    RunState,
+    Store,
+    VersionStatus,
+)
 from lightning_proxy.trainer import guard
 from lightning_proxy.trainer.advantages import assign
 from lightning_proxy.trainer.backend import Backend, estimator
@@ -26,7 +33,6 @@ from lightning_proxy.trainer.trajectories import Trajectory, merge
 from lightning_proxy.trainer.transitions import (
     LeftOut,
     TrainableRollout,
-    rollout_return,
     trainable_rollouts,
 )
 from lightning_proxy.trainer.warm import WarmBackend
@@ -49,6 +55,7 @@ class Batch:
     rows: Rows | None
     trajectories: Sequence[Trajectory]
     for_later: Sequence[str]
+    groups: Mapping[str, str]  # what each rollout was compared in; Grouping.keys
 
 
 class Pass:
@@ -57,6 +64,7 @@ class Pass:
     def __init__(self, settings: Settings, store: Store, progress: Progress) -> None:
         self.settings = settings
         self.store = store
+        store.rule = RewardRule(settings.reward_weights, late=settings.train.late_rewards == "retrain")
         self.progress = progress
         self.policy = settings.policy.name
         self.clock = Stopwatch()
@@ -73,9 +81,11 @@ class Pass:
     def preview(self) -> TrainReport:
         """What a pass would train on; nothing is taken, and verl is not loaded."""
         recorded = self.store.preview(self.policy, self.settings.train.max_rollouts)
-        left_out, _, rollouts = self._transitions_in_groups(recorded)
+        left_out, grouping = self._transitions_in_groups(recorded)
+        rollouts = grouping.trained
         trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
-        self._count(rollouts, trajectories, left_out, given_back=0)
+        self._count(rollouts, trajectories, left_out, grouping)
+        self._update(counts=dict(self._report.counts) | {"given_back": 0})  # nothing was taken
         waiting = self.store.backlog(self.policy)
         enough = (
             "" if len(recorded) >= self.settings.train.min_rollouts else f"; {self._too_few(len(recorded))}"
@@ -137,7 +147,8 @@ class Pass:
     def prepare(self, recorded: Sequence[RecordedRollout]) -> Batch:
         """Transitions, groups, advantages, trajectories, rows."""
         with self.clock.phase("prepare"):
-            left_out, grouping, rollouts = self._transitions_in_groups(recorded)
+            left_out, grouping = self._transitions_in_groups(recorded)
+        rollouts = grouping.trained
         if grouping.groups:
             with self.clock.phase("load"):  # the estimator is verl's: this imports it
                 estimate = estimator(self.settings.train)
@@ -146,13 +157,13 @@ class Pass:
         with self.clock.phase("prepare"):
             trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
             rows = pack(trajectories) if trajectories else None
-        self._count(rollouts, trajectories, left_out, given_back=len(grouping.for_later))
-        return Batch(rows, trajectories, grouping.for_later)
+        self._count(rollouts, trajectories, left_out, grouping)
+        return Batch(rows, trajectories, grouping.for_later, grouping.keys)
 
-    def commit_nothing(self, lease: Lease) -> TrainReport:
+    def commit_nothing(self, lease: Lease, batch: Batch) -> TrainReport:
         """Consume what can never be trained on."""
         report = self.report(Outcome.NOTHING, f"nothing to train on: {self._left_out_in_words()}")
-        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None)
+        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=batch.groups)
         return report
 
     def open(self, engine: WarmBackend, parent: PolicyVersion) -> Backend:
@@ -264,11 +275,9 @@ class Pass:
         clear_away(settings.train, self.policy, self.store.list_versions(self.policy))
         return Outcome.TRAINED
 
-    def _transitions_in_groups(
-        self, recorded: Sequence[RecordedRollout]
-    ) -> tuple[LeftOut, Grouping, list[TrainableRollout]]:
+    def _transitions_in_groups(self, recorded: Sequence[RecordedRollout]) -> tuple[LeftOut, Grouping]:
         train = self.settings.train
-        values = [value for each in recorded if (value := rollout_return(each)) is not None]
+        values = [each.value for each in recorded if each.value is not None]
         self._update(reward_mean=float(np.mean(values)) if values else None)
         left_out = LeftOut()
         rollouts = trainable_rollouts(
@@ -277,15 +286,14 @@ class Pass:
         # A full drain must not be blocked for ever by groups that never grow.
         may_wait = len(recorded) < train.max_rollouts
         grouping = form_groups(rollouts, min_size=train.min_group_size, may_wait=may_wait, left_out=left_out)
-        return left_out, grouping, [rollout for members in grouping.groups for rollout in members]
+        return left_out, grouping
 
     def _count(
         self,
         rollouts: Sequence[TrainableRollout],
         trajectories: Sequence[Trajectory],
         left_out: LeftOut,
-        *,
-        given_back: int,
+        grouping: Grouping,
     ) -> None:
         transitions = [transition for rollout in rollouts for transition in rollout.transitions]
         firsts = [rollout.transitions[0] for rollout in rollouts]
@@ -298,7 +306,9 @@ class Pass:
                 "rows": len(trajectories),
                 "tokens": sum(len(row.token_ids) for row in trajectories),
                 "tokens_trained": sum(row.trained_tokens for row in trajectories),
-                "given_back": given_back,
+                "given_back": len(grouping.for_later),
+                "again": sum(rollout.again for rollout in rollouts),
+                "baseline_only": sum(len(members) for members in grouping.groups) - len(rollouts),
             },
             left_out=left_out.as_dict(),
             grouped_by=dict(Counter(first.group.method for first in firsts if first.group is not None)),

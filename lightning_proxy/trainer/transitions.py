@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from lightning_proxy.store import Fidelity, Generation, RecordedRollout, Reward, Span
+from lightning_proxy.store import Companion, Fidelity, Generation, RecordedRollout, Span
 
 
 class Reason(StrEnum):
@@ -62,12 +62,19 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class TrainableRollout:
-    """A rollout's transitions in order of time, with its return (the sum of its rewards)."""
+    """A rollout's transitions in order of time, with its return.
+
+    One that is ``baseline_only`` was trained on by an earlier run and has no transitions here: its return
+    is what others of its group are compared with.
+    """
 
     rollout_id: str
     task_id: str | None
     value: float
     transitions: tuple[Transition, ...]
+    again: bool = False  # trained on before, for another return
+    companions: tuple[Companion, ...] = ()  # where again: its former group's returns
+    baseline_only: bool = False
 
 
 @dataclass(slots=True)
@@ -92,32 +99,24 @@ def trainable_rollouts(
     """The rollouts that can be trained on; each other one, and each call left out, is counted."""
     kept = []
     for each in recorded:
-        value = rollout_return(each)
         if each.rollout.incomplete is not None:
             left_out.rollouts[Reason.INCOMPLETE_ROLLOUT] += 1
-        elif value is None:
+        elif each.value is None:
             left_out.rollouts[Reason.NO_REWARD] += 1
         elif transitions := transitions_of(each, policy=policy, max_tokens=max_tokens, left_out=left_out):
-            kept.append(TrainableRollout(each.rollout.rollout_id, each.rollout.task_id, value, transitions))
+            kept.append(
+                TrainableRollout(
+                    each.rollout.rollout_id,
+                    each.rollout.task_id,
+                    each.value,
+                    transitions,
+                    again=each.again,
+                    companions=each.companions,
+                )
+            )
         else:
             left_out.rollouts[Reason.NO_TRANSITION] += 1
     return kept
-
-
-def rollout_return(recorded: RecordedRollout) -> float | None:
-    """Sum of the rewards that count for the last attempt: its own, its spans' and the rollout's.
-
-    ``None`` where there is none: a missing reward is not a reward of 0.
-    """
-    span_ids = {span.span_id for span in recorded.spans}
-
-    def counts(reward: Reward) -> bool:
-        if reward.span_id is not None:
-            return reward.span_id in span_ids
-        return reward.attempt in (None, recorded.attempt)
-
-    values = [reward.value for reward in recorded.rewards if counts(reward)]
-    return math.fsum(values) if values else None
 
 
 def transitions_of(

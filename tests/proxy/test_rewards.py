@@ -166,7 +166,7 @@ def test_a_corrected_reward_is_one_entry_more_and_the_last_one_counts(
     for value in (0.0, 1.0):
         post(proxy, {"value": value, "rollout_id": "r1"})
 
-    def values(rewards: list[Reward] | tuple[Reward, ...]) -> list[float]:
+    def values(rewards: list[Reward] | tuple[Reward, ...]) -> list[float | None]:
         return [reward.value for reward in rewards]
 
     assert values(store.list_rewards("r1")) == [0.0, 1.0]

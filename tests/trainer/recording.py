@@ -7,7 +7,16 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning_proxy.store import Fidelity, Generation, RecordedRollout, Reward, Rollout, Span, Store
+from lightning_proxy.store import (
+    Fidelity,
+    Generation,
+    RecordedRollout,
+    Reward,
+    RewardRule,
+    Rollout,
+    Span,
+    Store,
+)
 
 POLICY = "policy"
 Call = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
@@ -71,7 +80,13 @@ def recorded(
         Span(**{name: getattr(each, name) for name in Span.__slots__} | {"span_id": number})
         for number, each in enumerate(spans, start=1)
     )
-    return RecordedRollout(Rollout(rollout_id, task_id, incomplete=incomplete), attempt, numbered, rewards)
+    return RecordedRollout(
+        Rollout(rollout_id, task_id, incomplete=incomplete),
+        attempt,
+        numbered,
+        rewards,
+        value=RewardRule().return_of(rewards),
+    )
 
 
 def record_rollout(

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lightning_proxy.errors import TrainingError
+from lightning_proxy.store import Companion
 from lightning_proxy.trainer.advantages import Returns, assign
 from lightning_proxy.trainer.credit import identical
 from lightning_proxy.trainer.groups import BY_PROMPT, BY_TASK, Grouping, form_groups
@@ -93,6 +96,59 @@ def test_a_rollout_counts_once_in_its_group_however_many_calls_it_made() -> None
     assert [each.transitions[0].advantage for each in done] == [0.0, -1.0, 2.0, -1.0]
     assert {each.advantage for each in done[0].transitions} == {0.0}
     assert {each.credit for each in done[0].transitions} == {1.0}
+
+
+def grpo(credits_R: Returns, groups_R: Sequence[int]) -> Returns:
+    """arXiv 2402.03300, section 4.1.2, written out: (r - mean) / (std + 1e-6), n - 1 in the deviation."""
+    advantages_R = np.empty(len(credits_R))
+    for group_number in set(groups_R):
+        mine = np.array(groups_R) == group_number
+        returns = credits_R[mine]
+        advantages_R[mine] = (returns - returns.mean()) / (returns.std(ddof=1) + 1e-6)
+    return advantages_R
+
+
+def again(name: str, value: float, **companions: float) -> TrainableRollout:
+    """A rollout that comes back after a late reward, with what it was compared with."""
+    others = tuple(Companion(*each) for each in companions.items())
+    return replace(rollout(name, value, "x"), again=True, companions=others)
+
+
+def test_a_rollout_that_comes_again_is_compared_with_its_former_group_which_is_not_trained_again() -> None:
+    grouping, left_out = group(
+        again("a", 1.0, b=0.0, c=0.0, d=1.0), rollout("e", 0.5, "y"), rollout("f", 0, "y")
+    )
+    assert members(grouping) == [["a", "b", "c", "d"], ["e", "f"]]
+    assert [each.rollout_id for each in grouping.trained] == ["a", "e", "f"]
+    assert left_out.rollouts == {}
+    done = assign(grouping.groups, credit=identical, estimator=grpo)
+    assert [each.rollout_id for each in done] == ["a", "e", "f"]
+    expected = (1.0 - 0.5) / (np.std([1.0, 0.0, 0.0, 1.0], ddof=1) + 1e-6)
+    assert done[0].transitions[0].advantage == pytest.approx(expected)
+    assert {each.credit for each in done[0].transitions} == {1.0}
+
+
+def test_companions_that_are_here_themselves_count_once_and_as_they_are() -> None:
+    grouping, _ = group(
+        again("a", 1.0, b=0.75, c=0.0), again("b", 0.75, a=1.0, c=0.0), rollout("g", 0.25, "x")
+    )
+    assert members(grouping) == [["a", "b", "g", "c"]]
+    done = assign(grouping.groups, credit=identical, estimator=grpo)
+    returns = np.array([1.0, 0.75, 0.25, 0.0])
+    expected = (returns - returns.mean()) / (returns.std(ddof=1) + 1e-6)
+    assert [each.transitions[0].advantage for each in done] == pytest.approx(list(expected[:3]))
+
+
+def test_a_rollout_that_comes_again_and_equals_its_former_group_is_left_out() -> None:
+    grouping, left_out = group(again("a", 1.0, b=1.0))
+    assert members(grouping) == []
+    assert left_out.rollouts == {Reason.GROUP_ALL_EQUAL: 1}
+    assert grouping.keys == {"a": f"{BY_TASK}:x"}
+
+
+def test_a_rollout_that_comes_again_without_a_group_waits_and_is_not_lost() -> None:
+    grouping, _ = group(again("a", 1.0))
+    assert (grouping.for_later, grouping.keys) == (("a",), {})
 
 
 def test_an_estimator_that_gives_no_number_is_an_error() -> None:

@@ -99,6 +99,8 @@ def test_one_pass_drains_trains_publishes_and_says_what_it_did(
         "tokens": report.counts["tokens"],
         "tokens_trained": 2 * (4 + 5 + 3 + 3 + 4 + 5),
         "given_back": 0,
+        "again": 0,
+        "baseline_only": 0,
     }
     assert report.left_out == {"rollouts": {"group_all_equal": 2, "incomplete_rollout": 1}, "calls": {}}
     assert report.reward_mean == pytest.approx((2 + 1.5 + 2) / 9)

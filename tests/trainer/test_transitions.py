@@ -10,7 +10,6 @@ from lightning_proxy.trainer.transitions import (
     LeftOut,
     Reason,
     TrainableRollout,
-    rollout_return,
     superseded,
     trainable_rollouts,
 )
@@ -22,8 +21,8 @@ def convert(*rollouts: RecordedRollout, max_tokens: int = 100) -> tuple[list[Tra
     return trainable_rollouts(rollouts, policy=POLICY, max_tokens=max_tokens, left_out=left_out), left_out
 
 
-def reward(value: float = 1.0, *, attempt: int | None = None, span_id: int | None = None) -> Reward:
-    return Reward("r", value, attempt=attempt, span_id=span_id)
+def reward(value: float = 1.0) -> Reward:
+    return Reward("r", value)
 
 
 def test_each_generation_of_each_call_becomes_one_transition_with_its_next_state() -> None:
@@ -79,21 +78,8 @@ def test_a_rollout_that_lost_a_span_in_capture_is_left_out_whole() -> None:
     assert left_out.as_dict() == {"rollouts": {"incomplete_rollout": 1}, "calls": {}}
 
 
-def test_the_return_is_the_sum_of_the_rewards_of_the_rollout_its_last_attempt_and_that_ones_spans() -> None:
-    rewards = [
-        reward(1.0),
-        reward(0.25, attempt=2),
-        replace(reward(0.5, span_id=1), name="format"),
-        reward(100.0, attempt=1),
-        reward(100.0, span_id=77),
-    ]
-    assert rollout_return(recorded("r", [span("r")], *rewards, attempt=2)) == 1.75
-
-
 def test_a_missing_reward_is_not_a_reward_of_zero() -> None:
-    only_earlier = recorded("r", [span("r", generation([1], [2]))], reward(1.0, attempt=1), attempt=2)
-    assert rollout_return(only_earlier) is None
-    kept, left_out = convert(only_earlier)
+    kept, left_out = convert(recorded("r", [span("r", generation([1], [2]))]))
     assert kept == []
     assert left_out.rollouts == {Reason.NO_REWARD: 1}
 
