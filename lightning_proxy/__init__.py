@@ -9,8 +9,26 @@ The rooms, in the order in which data walks through them:
 ``runner``   runs an unmodified agent command under a rollout
 ``demo``     the whole loop on one machine, with a tiny model and a tool-using agent
 ``cli``      the command line: parse, call one function, print
+``client``   ``lightning_proxy.reward(...)``, for who would rather not write HTTP
 
 Proxy, trainer and runner never import one another: they meet in the store and over HTTP.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_proxy.client import Receipt as Receipt
+    from lightning_proxy.client import reward as reward
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """``reward`` and what it returns, loaded when they are first used: importing this costs nothing."""
+    if name in ("reward", "Receipt"):
+        from lightning_proxy import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

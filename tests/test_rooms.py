@@ -17,13 +17,14 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 TREES = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 
 MAY_IMPORT = {
-    "": set(),
+    "": {"client"},
     "errors": set(),
     "config": {"errors"},
     "store": {"errors"},
     "proxy": {"errors", "config", "store"},
     "trainer": {"errors", "config", "store"},
     "runner": {"errors", "config", "store"},
+    "client": {"errors", "runner"},
     "demo": {"errors", "config", "store"},
     "cli": {"", "errors", "config", "store", "proxy", "trainer", "runner", "demo"},
 }
@@ -113,7 +114,8 @@ def test_the_demos_agent_knows_nothing_of_us() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["lightning_proxy.proxy.app", "lightning_proxy.cli", "lightning_proxy.runner"]
+    "module",
+    ["lightning_proxy.proxy.app", "lightning_proxy.cli", "lightning_proxy.runner", "lightning_proxy.client"],
 )
 def test_no_heavy_library_is_loaded(module: str) -> None:
     program = f"import sys, {module}; print(' '.join(name for name in {HEAVY!r} if name in sys.modules))"

@@ -98,10 +98,10 @@ PARTS: web.AppKey[Parts] = web.AppKey("parts", Parts)
 def create_app(settings: Settings, *, engine_process: EngineProcess | None = None) -> web.Application:
     """The application; its parts are under ``PARTS``. The store opens when it starts up."""
     parts = _build(settings, engine_process.url if engine_process else settings.proxy.upstream)
-    guard = Guard(settings.proxy.token, parts.attributor)
+    guard = Guard(settings.proxy.token, parts.attributor, keys_reward=settings.proxy.rollout_keys_reward)
     app = web.Application(client_max_size=settings.proxy.max_body_mb * 2**20, middlewares=[_door(guard)])
     app[PARTS] = parts
-    app.add_routes(_own_routes(parts))
+    app.add_routes(_own_routes(parts, guard))
     for path in ("/reward", "/api/{unknown:.*}"):  # with a method that our own routes do not have
         app.router.add_route("*", path, _no_such_route)
     app.router.add_route("*", "/{anything:.*}", parts.forwarder.handle)
@@ -110,11 +110,11 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
     return app
 
 
-def _own_routes(parts: Parts) -> list[web.RouteDef]:
+def _own_routes(parts: Parts, guard: Guard) -> list[web.RouteDef]:
     """Every route that is ours; all others are forwarded."""
     access = Access(parts.writer, parts.reader)
     of_each_kind = (
-        RewardRoutes(access, parts.metrics),
+        RewardRoutes(access, parts.metrics, guard.bound_to),
         RolloutRoutes(access, parts.attributor, lambda: parts.base_url),
         PolicyRoutes(access, parts.switch),
         StateRoutes(

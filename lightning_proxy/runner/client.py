@@ -17,10 +17,16 @@ from lightning_proxy.errors import (
     EngineUnreachable,
     InvalidInput,
     LightningError,
+    StoreUnavailable,
     UnknownTarget,
 )
 
-_BY_STATUS: dict[int, type[LightningError]] = {400: InvalidInput, 404: UnknownTarget, 409: Conflict}
+_BY_STATUS: dict[int, type[LightningError]] = {
+    400: InvalidInput,
+    404: UnknownTarget,
+    409: Conflict,
+    503: StoreUnavailable,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +44,8 @@ class ProxyClient:
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """Send ``body`` as JSON; returns the parsed answer.
 
-        InvalidInput, UnknownTarget or Conflict for what the proxy answers with 400, 404 and 409,
-        EngineRefused for any other refusal, EngineUnreachable where nothing answers.
+        InvalidInput, UnknownTarget, Conflict or StoreUnavailable for what the proxy answers with 400,
+        404, 409 and 503, EngineRefused for any other refusal, EngineUnreachable where nothing answers.
         """
         status, text = self.send(method, path, body)
         if status >= 400:

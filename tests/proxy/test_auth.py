@@ -84,6 +84,30 @@ def test_a_rollouts_key_opens_model_calls_and_nothing_else(
         assert send(guarded.url, path, None, headers, method=method).status == 401
 
 
+def test_a_rollouts_key_rewards_that_rollout_and_no_other_where_that_is_allowed(
+    make_proxy: MakeProxy, engine: EngineThread
+) -> None:
+    guarded = make_proxy(engine.base_url, proxy={"token": TOKEN, "rollout_keys_reward": True})
+    key, _ = (
+        send(guarded.url, "/api/rollouts", {"rollout_id": name}, [*JSON, *BEARER]).json["api_key"]
+        for name in ("mine", "theirs")
+    )
+    headers = [*JSON, ("Authorization", f"Bearer {key}")]
+    mine, theirs = ({"rollout_id": name, "value": 1} for name in ("mine", "theirs"))
+    response_id = chat(guarded, headers[len(JSON) :]).json["id"]
+    for good in (mine, [mine, mine], {"response_id": response_id, "value": 1}):
+        assert send(guarded.url, "/reward", good, headers).status < 300
+    for bad in (theirs, [mine, theirs], [theirs]):
+        assert send(guarded.url, "/reward", bad, headers).status == 404
+    assert send(guarded.url, "/reward", theirs, [*JSON, *BEARER]).status == 201
+    with guarded.store() as store:
+        assert (len(store.list_rewards("mine")), len(store.list_rewards("theirs"))) == (4, 1)
+    for method, path in OURS[1:]:
+        assert send(guarded.url, path, None, headers, method=method).status == 401
+    wrong = [("Authorization", "Bearer lp-00000000000000000000000000000000")]
+    assert send(guarded.url, "/reward", mine, [*JSON, *wrong]).status == 401
+
+
 @pytest.mark.parametrize("path", [CHAT, "/v1/embeddings", "/v1/messages"])
 def test_neither_the_token_nor_a_rollouts_key_ever_reaches_the_engine(
     engine: EngineThread, guarded: ProxyThread, path: str

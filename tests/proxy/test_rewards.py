@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from lightning_proxy.store import Reward, Store
-from tests.conftest import ProxyThread
+from tests.conftest import MakeProxy, ProxyThread
 from tests.proxy.raw_http import JSON, Answer, chat, recorded, send
 
 
@@ -171,6 +172,79 @@ def test_a_corrected_reward_is_one_entry_more_and_the_last_one_counts(
 
     assert values(store.list_rewards("r1")) == [0.0, 1.0]
     assert values(store.counting_rewards("r1")) == [1.0]
+
+
+@pytest.mark.parametrize(("thumb", "value"), [("up", 1.0), ("down", -1.0)])
+def test_a_thumb_is_a_reward_of_that_name(proxy: ProxyThread, store: Store, thumb: str, value: float) -> None:
+    response_id = chat(proxy, prefix="/rollout/r2").json["id"]
+    assert post(proxy, {"thumb": thumb, "response_id": response_id}).status == 201
+    (reward,) = store.list_rewards("r2")
+    assert (reward.name, reward.value) == ("thumb", value)
+    assert post(proxy, {"thumb": thumb, "rollout_id": "r1", "name": "usefulness"}).status == 201
+    assert [reward.name for reward in store.list_rewards("r1")] == ["usefulness"]
+
+
+@pytest.mark.parametrize("thumb", [{"thumb": "sideways"}, {"thumb": True}, {"thumb": "up", "value": 1}])
+def test_a_thumb_is_up_or_down_and_stands_alone(proxy: ProxyThread, thumb: dict[str, Any]) -> None:
+    assert "thumb" in refusal(post(proxy, {"rollout_id": "r1", **thumb}))
+
+
+def test_a_boolean_is_refused_with_what_would_be_right(proxy: ProxyThread, store: Store) -> None:
+    assert "send thumb: up or down" in refusal(post(proxy, {"value": True, "rollout_id": "r1"}))
+
+
+@pytest.mark.parametrize(
+    "demonstration", ["The answer is 42.", {"role": "assistant", "content": "The answer is 42."}]
+)
+def test_a_demonstration_is_kept_with_or_without_a_value_and_shown(
+    proxy: ProxyThread, store: Store, demonstration: Any
+) -> None:
+    given = {"rollout_id": "r1", "demonstration": demonstration}
+    assert post(proxy, {**given, "value": 0}).status == post(proxy, given).status == 201
+    assert [reward.demonstration for reward in store.list_rewards("r1")] == [demonstration] * 2
+    assert [reward.value for reward in store.counting_rewards("r1")] == [0.0]
+    shown = send(proxy.url, "/api/rollouts/r1").json["rewards"]
+    assert [(entry["value"], entry["demonstration"]) for entry in shown] == [
+        (0.0, demonstration),
+        (None, demonstration),
+    ]
+
+
+@pytest.mark.parametrize("demonstration", [7, ["a"], {"content": "without a role"}, {"role": 7}])
+def test_a_demonstration_is_a_text_or_a_message(proxy: ProxyThread, store: Store, demonstration: Any) -> None:
+    assert "message" in refusal(post(proxy, {"rollout_id": "r1", "demonstration": demonstration}))
+
+
+def test_a_comment_may_stand_alone_and_gives_no_return(proxy: ProxyThread, store: Store) -> None:
+    assert post(proxy, {"rollout_id": "r1", "comment": "odd"}).status == 201
+    assert store.counting_rewards("r1") == ()
+    assert store.list_rollouts()[0].reward is None
+
+
+def test_ten_thousand_rewards_are_taken_at_once(proxy: ProxyThread, store: Store) -> None:
+    many = [
+        {"value": i, "rollout_id": "r1", "name": f"n{i}", "idempotency_key": f"k{i}"} for i in range(10_000)
+    ]
+    begun = time.process_time()
+    assert all(reward["created"] for reward in post(proxy, many).json["rewards"])
+    assert time.process_time() - begun < 5  # of CPU, with what the client takes: about 0.4 s
+    assert store.stats()["rewards"] == 10_000
+    assert not any(reward["created"] for reward in post(proxy, many).json["rewards"])
+    assert "20000 at a time" in refusal(post(proxy, many * 3))
+
+
+def test_what_is_wrong_in_a_list_is_said_with_its_place(proxy: ProxyThread, store: Store) -> None:
+    good = {"value": 1, "rollout_id": "r1"}
+    assert "rewards[1]: no rollout 'r9'" in refusal(post(proxy, [good, {**good, "rollout_id": "r9"}]), 404)
+    assert "rewards[2] lacks 'value'" in refusal(post(proxy, [good, good, {"rollout_id": "r1"}]))
+
+
+def test_a_rollouts_return_is_shown_by_weight_and_direction(make_proxy: MakeProxy, engine: Any) -> None:
+    rules = [{"name": "latency", "direction": "minimize"}, {"name": "style", "weight": 2.0}]
+    proxy = make_proxy(engine.base_url, rewards=rules)
+    send(proxy.url, "/api/rollouts", {"rollout_id": "r1"}, JSON)
+    post(proxy, [{"value": 0.5, "rollout_id": "r1", "name": name} for name in ("latency", "style", "reward")])
+    assert send(proxy.url, "/api/rollouts").json["rollouts"][0]["reward"] == 1.0
 
 
 def test_rewards_never_reach_the_engine(proxy: ProxyThread, engine: Any) -> None:
