@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from lightning_proxy import __version__
-from lightning_proxy.cli import learn, policies, records, roles, setup, status
+from lightning_proxy.cli import learn, policies, records, rewards, roles, setup, status
 from lightning_proxy.errors import ConfigError, InvalidInput, LightningError
 
 _TRACEBACK = "traceback"
@@ -104,8 +104,10 @@ app.command(
     epilog=_example(
         "lightning-proxy reward r-17 1.0",
         "lightning-proxy reward chatcmpl-abc --kind response -0.5 --name style --source reviewer",
+        "lightning-proxy reward chatcmpl-abc --kind response --thumb down --demonstration 'It is 42.'",
+        "lightning-proxy reward --file rewards.jsonl",
     ),
-)(records.reward)
+)(rewards.reward)
 app.add_typer(policies.app, epilog=_example("lightning-proxy policies", "lightning-proxy policies promote 3"))
 policies.app.command(epilog=_example("lightning-proxy policies promote 3"))(policies.promote)
 policies.app.command(

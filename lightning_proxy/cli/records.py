@@ -1,10 +1,9 @@
-"""rollouts, spans, reward: what was recorded, and what it was worth."""
+"""rollouts, spans: what was recorded."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,15 +15,13 @@ from lightning_proxy.cli.common import (
     DbOption,
     JsonOption,
     LimitOption,
-    ProxyOption,
     open_store,
     print_json,
     print_table,
-    proxy_client,
     settings_from,
+    short,
     when,
 )
-from lightning_proxy.errors import InvalidInput
 
 if TYPE_CHECKING:
     from lightning_proxy.store import Reward, Span, Store
@@ -37,14 +34,6 @@ class State(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
-
-
-class Kind(StrEnum):
-    """What a reward's target is an id of."""
-
-    ROLLOUT = "rollout"
-    RESPONSE = "response"
-    SPAN = "span"
 
 
 # --- rollouts -----------------------------------------------------------------------------------
@@ -100,13 +89,24 @@ def _show_rollout(store: Store, rollout_id: str, as_json: bool) -> None:
     counting = {reward.reward_id for reward in store.counting_rewards(rollout_id)}
     typer.echo(f"\n{len(rewards)} rewards")
     print_table(
-        ("VALUE", "NAME", "FOR", "SOURCE", "COUNTS", "AT", "COMMENT"),
+        ("VALUE", "NAME", "FOR", "SOURCE", "COUNTS", "AT", "COMMENT", "DEMONSTRATION"),
         [
-            (r.value, r.name, _rewarded(r), r.source, "yes" if r.reward_id in counting else "no",
-             when(r.created_at), r.comment)
+            (r.value, r.name, _rewarded(r), r.source, _counts(r, counting), when(r.created_at), r.comment,
+             r.demonstration and short(_shown(r.demonstration)))
             for r in rewards
         ],
     )  # fmt: skip
+
+
+def _counts(reward: Reward, counting: Container[int | None]) -> str | None:
+    """Whether it makes part of the return, or was corrected since; None where it has no value."""
+    if reward.value is None:
+        return None
+    return "yes" if reward.reward_id in counting else "no"
+
+
+def _shown(demonstration: str | Mapping[str, Any]) -> str:
+    return demonstration if isinstance(demonstration, str) else _said(demonstration)
 
 
 def _rewarded(reward: Reward) -> str:
@@ -256,40 +256,3 @@ def _said(message: Mapping[str, Any]) -> str:
         function = call.get("function") or {}
         parts.append(f"-> {function.get('name')}({function.get('arguments')})")
     return "\n".join(part for part in parts if part)
-
-
-# --- reward -------------------------------------------------------------------------------------
-
-
-def reward(
-    target: Annotated[str, typer.Argument(help="Id of a rollout, or of what --kind says.")],
-    value: Annotated[float, typer.Argument(help="Any finite number.")],
-    kind: Annotated[Kind, typer.Option("--kind", help="What the id is of.")] = Kind.ROLLOUT,
-    name: Annotated[str, typer.Option("--name", help="A later reward of this name replaces it.")] = "reward",
-    source: Annotated[str | None, typer.Option("--source", help="Who gave it.")] = None,
-    comment: Annotated[str | None, typer.Option("--comment", help="Why.")] = None,
-    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="Only for this attempt.")] = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option("--idempotency-key", help="The same key again changes nothing.")
-    ] = None,
-    proxy: ProxyOption = None,
-    json_: JsonOption = False,
-    config: ConfigOption = None,
-) -> None:
-    """Give a rollout, a response or a span a reward, through the proxy."""
-    if not math.isfinite(value):
-        raise InvalidInput(f"a reward is a finite number, and this is {value}")
-    if kind is Kind.SPAN and not target.isdecimal():
-        raise InvalidInput(f"a span's id is a whole number, and this is {target!r}")
-    body = {
-        f"{kind.value}_id": int(target) if kind is Kind.SPAN else target,
-        "value": value, "name": name, "source": source, "comment": comment, "attempt": attempt,
-        "idempotency_key": idempotency_key,
-    }  # fmt: skip
-    client = proxy_client(settings_from(config, train__proxy_url=proxy))
-    answer = client.request("POST", "/reward", {key: val for key, val in body.items() if val is not None})
-    if json_:
-        print_json(answer)
-    else:
-        known = "recorded" if answer["created"] else "was recorded before"
-        typer.echo(f"reward {value:g} for rollout {answer['rollout_id']} {known}")

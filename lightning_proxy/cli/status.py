@@ -87,7 +87,8 @@ def _print(settings: Settings, proxy: dict[str, Any], store: dict[str, Any] | No
     _line(
         "to train on",
         f"{backlog.rollouts_ready} rollouts with {backlog.spans} calls; "
-        f"{backlog.rollouts_unrewarded} have no reward yet",
+        f"{backlog.rollouts_unrewarded} have no reward yet"
+        + (f"; {backlog.rollouts_again} come again for a late reward" if backlog.rollouts_again else ""),
     )
     served = f"version {active.version}, since {when(active.created_at)}" if active else "no version yet"
     _line("policy", f"{settings.policy.name}: {served}")

@@ -115,6 +115,9 @@ def test_init_does_not_replace_a_file_unless_told_to() -> None:
         (("reward", "r-1", "nan"), "a finite number"),
         (("reward", "x", "1", "--kind", "span"), "a whole number"),
         (("reward", "r-1", "good"), "valid"),
+        (("reward",), "a --file of rewards"),
+        (("reward", "r-1", "--file", "/dev/null"), "--file stands alone"),
+        (("reward", "r-1", "--thumb", "sideways"), "up"),
         (("rollouts", "--state", "done"), "open"),
         (("spans", "--limit", "0"), "1"),
         (("trian",), "train"),
@@ -414,6 +417,36 @@ def test_run_reward_and_status_work_on_a_running_proxy(proxy: ProxyThread) -> No
         "url": proxy.url, "answers": True, "ready": True, "why": "",
     }  # fmt: skip
     assert "ready" in ok("status", "--db", proxy.db, *at)
+
+
+def test_rewards_are_given_as_thumbs_demonstrations_and_files(proxy: ProxyThread) -> None:
+    at = ("--proxy", proxy.url)
+    ok("run", *at, "--rollout-id", "r-7", "--", sys.executable, "-c", AGENT)
+    assert ok("reward", "r-7", "--thumb", "down", *at) == "reward down for rollout r-7 recorded\n"
+    assert ok("reward", "r-7", "--demonstration", "It is 42.", *at) == "entry for rollout r-7 recorded\n"
+    lines = [json.dumps({"rollout_id": "r-7", "value": n, "idempotency_key": f"k{n}"}) for n in (0.5, 2)]
+    Path("rewards.jsonl").write_text(lines[0] + "\n\n" + lines[1] + "\n")
+    assert ok("reward", "--file", "rewards.jsonl", *at) == "2 rewards taken, 0 of them were recorded before\n"
+    assert json.loads(ok("reward", "--file", "rewards.jsonl", "--json", *at)) == {"taken": 2, "created": 0}
+    text = ok("rollouts", "r-7", "--db", proxy.db)
+    assert "4 rewards" in text
+    assert [line.split()[:2] + line.split()[4:5] for line in text.splitlines()[-4:]] == [
+        ["-1.0", "thumb", "yes"],
+        ["-", "reward", "-"],
+        ["0.5", "reward", "no"],
+        ["2.0", "reward", "yes"],
+    ]
+    assert "It is 42." in text
+    assert as_json("rollouts", "r-7", "--db", proxy.db)["rewards"][1]["demonstration"] == "It is 42."
+    assert as_json("rollouts", "--db", proxy.db)["rollouts"][0]["reward"] == 1.0
+
+
+def test_a_file_of_rewards_is_refused_with_its_line(proxy: ProxyThread) -> None:
+    Path("rewards.jsonl").write_text('{"rollout_id": "r-7", "value": 1}\n{"rollout_id"\n')
+    assert "line 2 is no JSON" in refused("reward", "--file", "rewards.jsonl", "--proxy", proxy.url)
+    Path("rewards.jsonl").write_text('{"rollout_id": "r-7", "value": 1}\n')
+    message = refused("reward", "--file", "rewards.jsonl", "--proxy", proxy.url, code=1)
+    assert "lines 1 to 1 were not taken, 0 rewards before them were: rewards[0]: no rollout 'r-7'" in message
 
 
 def test_a_failing_command_under_run_keeps_its_exit_code(proxy: ProxyThread) -> None:

@@ -65,15 +65,17 @@ class RewardRoutes:
             self._metrics.rewards.inc(sum(created for _, created in results))
             return answer({"rewards": [_reward_answer(*result) for result in results]})
         one = _reward_fields(posted, "the reward")
-        [(reward, created)] = await self._access.write(lambda store: _enter(store, [one], only))
+        [(reward, created)] = await self._access.write(lambda store: _enter(store, one, only))
         self._metrics.rewards.inc(int(created))
         return answer(_reward_answer(reward, created), 201 if created else 200)
 
 
-def _enter(store: Store, many: list[dict[str, Any]], only: str | None) -> list[tuple[Reward, bool]]:
-    """Enter them all or none; with ``only`` no other rollout is there."""
+def _enter(
+    store: Store, given: dict[str, Any] | list[dict[str, Any]], only: str | None
+) -> list[tuple[Reward, bool]]:
+    """Enter one or all of a list, or nothing; with ``only`` no other rollout is there."""
     with store.transaction():
-        results = [store.add_reward(**many[0])] if len(many) == 1 else store.add_rewards(many)
+        results = store.add_rewards(given) if isinstance(given, list) else [store.add_reward(**given)]
         for reward, _ in results:
             if only not in (None, reward.rollout_id):
                 raise UnknownTarget(f"this key is for rollout {only!r} and rewards no other")
