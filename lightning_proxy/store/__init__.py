@@ -11,6 +11,7 @@ tables), then the part that you are after::
     returns.py      what the rewards of a rollout add up to
     policies.py     versions of policies: staged, active, retired, rejected
     runs.py         training runs: leases, draining, committing
+    judgements.py   which rollouts automatic rewards were entered for
     store.py        `Store`, all of the above in one class, with the lists and counts across them
     json_view.py    records as JSON values
     writer.py       `Writer`, the one writer thread of an asyncio process, with group commit
@@ -20,6 +21,7 @@ database is made or migrated.
 """
 
 from lightning_proxy.store.json_view import as_json
+from lightning_proxy.store.judgements import Unjudged
 from lightning_proxy.store.records import (
     Attempt,
     Backlog,
@@ -64,6 +66,7 @@ __all__ = [
     "Span",
     "Store",
     "TrainingRun",
+    "Unjudged",
     "VersionStatus",
     "Writer",
     "as_json",

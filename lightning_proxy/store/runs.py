@@ -38,7 +38,7 @@ from lightning_proxy.store.rollouts import encode
 
 # Rollouts with a span of the policy in their last attempt; ``c``: the last run of the policy, running or
 # committed, that has them.
-_OF_POLICY = """
+OF_POLICY = """
 FROM rollouts AS r
 JOIN attempts AS a ON a.rollout_id = r.rollout_id
   AND NOT EXISTS (SELECT 1 FROM attempts AS b WHERE b.rollout_id = a.rollout_id AND b.number > a.number)
@@ -49,7 +49,7 @@ WHERE EXISTS (SELECT 1 FROM spans AS s
               WHERE s.rollout_id = r.rollout_id AND s.attempt = a.number AND s.policy = :policy)
 """
 # A value for that attempt, for one of its spans, or for the rollout as a whole.
-_REWARDED = """
+REWARDED = """
 EXISTS (SELECT 1 FROM rewards AS w LEFT JOIN spans AS s ON s.span_id = w.span_id
         WHERE w.rollout_id = r.rollout_id AND (w.attempt IS NULL OR w.attempt = a.number)
           AND (s.span_id IS NULL OR s.attempt = a.number)
@@ -64,9 +64,9 @@ _LATE = """
 """
 _CANDIDATES = f"""
 SELECT r.rollout_id, a.number, c.run_id, c.attempt, c.last_reward_id
-{_OF_POLICY} AND (c.run_id IS NULL OR {_LATE}) AND {_REWARDED} ORDER BY r.created_at, r.rollout_id
+{OF_POLICY} AND (c.run_id IS NULL OR {_LATE}) AND {REWARDED} ORDER BY r.created_at, r.rollout_id
 """
-_UNREWARDED = f"SELECT count(*) {_OF_POLICY} AND c.run_id IS NULL AND NOT {_REWARDED}"
+_UNREWARDED = f"SELECT count(*) {OF_POLICY} AND c.run_id IS NULL AND NOT {REWARDED}"
 _CONSUME = """
 INSERT INTO consumptions (run_id, rollout_id, attempt, last_reward_id)
 VALUES (?, ?, ?, (SELECT max(reward_id) FROM rewards WHERE rollout_id = ?)) RETURNING last_reward_id"""
@@ -228,7 +228,7 @@ class Runs(Rewards, Policies):
         pairs = orjson.dumps([(one.rollout_id, one.attempt) for one in ready]).decode()
         return Backlog(
             rollouts_ready=len(ready),
-            rollouts_unrewarded=self.scalar(_UNREWARDED, self._named(policy)),
+            rollouts_unrewarded=self.scalar(_UNREWARDED, self.named(policy)),
             spans=self.scalar(_SPANS_OF, (pairs, policy)),
             rollouts_again=sum(one.again for one in ready),
         )
@@ -243,7 +243,7 @@ class Runs(Rewards, Policies):
 
     def _ready(self, policy: str) -> Iterator[_Ready]:
         """What waits, oldest first."""
-        for row in self.each(_CANDIDATES, self._named(policy)):
+        for row in self.each(_CANDIDATES, self.named(policy)):
             again = row["run_id"] is not None
             if not again or self._differs(row):
                 yield _Ready(row["rollout_id"], row["number"], again)
@@ -257,7 +257,8 @@ class Runs(Rewards, Policies):
         present = self.counting_rewards_of_attempt(rollout_id, attempt)
         return self.rule.return_of(known) != self.rule.return_of(present)
 
-    def _named(self, policy: str) -> dict[str, Any]:
+    def named(self, policy: str) -> dict[str, Any]:
+        """What the queries over waiting rollouts are given."""
         ignored = orjson.dumps(self.rule.ignored).decode()
         return {"policy": policy, "late": self.rule.late, "ignored": ignored}
 

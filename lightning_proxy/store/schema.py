@@ -191,6 +191,16 @@ ALTER TABLE consumptions ADD COLUMN attempt INTEGER;
 ALTER TABLE consumptions ADD COLUMN last_reward_id INTEGER;
 ALTER TABLE consumptions ADD COLUMN group_key TEXT;
 CREATE INDEX consumptions_by_group ON consumptions (run_id, group_key) WHERE group_key IS NOT NULL;
+
+-- Attempts that automatic rewards were entered for: which kinds, and up to which call and state.
+CREATE TABLE judgements (
+  rollout_id   TEXT NOT NULL REFERENCES rollouts,
+  attempt      INTEGER NOT NULL,
+  kinds        TEXT NOT NULL,
+  last_span_id INTEGER NOT NULL,
+  state        TEXT NOT NULL,
+  PRIMARY KEY (rollout_id, attempt)
+) WITHOUT ROWID;
 UPDATE consumptions SET
   attempt = (SELECT max(number) FROM attempts AS a WHERE a.rollout_id = consumptions.rollout_id),
   last_reward_id = (SELECT max(reward_id) FROM rewards AS w WHERE w.rollout_id = consumptions.rollout_id);
@@ -199,7 +209,7 @@ UPDATE consumptions SET
 
 @migrations()
 def demonstrations_and_late_rewards(db: Database) -> None:
-    """Entries without a value; what a run knew of the ledger when it drained."""
+    """Entries without a value; what a run knew of the ledger when it drained; automatic rewards."""
     newest = next(iter(db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'rewards'")), (0,))[0]
     for statement in _statements(_LEDGER):
         db.execute(statement)

@@ -4,6 +4,7 @@ Read ``run.train_once`` first: its body is the summary; ``steps`` are its steps,
 a run alive and gives back on failure, ``warm`` the update engine between passes. Then along the way
 the data goes:
 
+``automatic``     rewards from the traffic itself, by ``findings`` and by the user's function (``judged``)
 ``transitions``   a recorded rollout -> one transition per generation; what is left out, counted
 ``groups``        which rollouts are compared with one another (GRPO's group)
 ``credit``        what each transition is credited with of its rollout's return

@@ -46,6 +46,7 @@ class TrainReport:
     grouped_by: Mapping[str, int] = field(default_factory=dict)  # method -> rollouts
     policy_versions: Mapping[str, int] = field(default_factory=dict)  # version that sampled -> transitions
     reward_mean: float | None = None  # of all rollouts drained that have one
+    automatic: Mapping[str, int] = field(default_factory=dict)  # rollouts judged, rewards entered, failed
     advantages: Mapping[str, float] | None = None  # mean, std, min, max over the rollouts trained on
     metrics: Mapping[str, Any] = field(default_factory=dict)
     logprob_difference: Mapping[str, float] | None = None

@@ -34,6 +34,7 @@ def train_once(
         return this.preview()
     if not this.promote_staged():
         return this.report(Outcome.STAGED_ONLY)
+    this.reward_automatically()
     try:
         this.expect_enough()
         parent = this.starting_version()

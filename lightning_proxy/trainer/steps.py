@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from lightning_proxy.store import (
 )
 from lightning_proxy.trainer import guard
 from lightning_proxy.trainer.advantages import assign
+from lightning_proxy.trainer.automatic import AutomaticRewards
 from lightning_proxy.trainer.backend import Backend, estimator
 from lightning_proxy.trainer.batches import Rows, pack, split_mini_batches, weigh
 from lightning_proxy.trainer.credit import identical
@@ -108,6 +109,16 @@ class Pass:
         outcome = self.promote(staged.version)
         self._update(resumed_version=staged.version)
         return outcome is not Outcome.STAGED_ONLY
+
+    def reward_automatically(self) -> None:
+        """Enter the rewards that the traffic itself gives, where the settings ask for some."""
+        automatic = AutomaticRewards(self.settings.automatic_rewards, self.store)
+        if not automatic.on:
+            return
+        with self.clock.phase("automatic rewards"):
+            entered = automatic.enter(self.policy, self.progress)
+        if entered.judged:
+            self._update(automatic=asdict(entered))
 
     def expect_enough(self) -> None:
         """Raise ``NothingToTrain`` where a run would find too little, without taking a lease for that."""
