@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,27 @@ def test_every_link_to_a_file_of_ours_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_setting_that_is_named_exists(page: Path) -> None:
     tables = Settings.model_fields
-    named = re.findall(r"`(proxy|store|policy|engine|train)\.([a-z_]+)`", page.read_text(encoding="utf-8"))
+    named = re.findall(
+        r"`(proxy|store|policy|engine|train|automatic_rewards)\.([a-z_]+)`", page.read_text(encoding="utf-8")
+    )
     unknown = [
         f"{table}.{name}"
         for table, name in named
         if name not in getattr(tables[table].annotation, "model_fields", {}) and name != "py"
     ]
     assert unknown == []
+
+
+def test_the_reward_function_that_the_documentation_shows_works() -> None:
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    [shown] = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def judge" in block]
+    names: dict[str, Any] = {}
+    exec(shown, names)
+    rollout = {"metadata": {"answer": "42"}, "reply": "It is 42.", "calls": [{}, {}]}
+    assert names["judge"](rollout) == {"right": 1.0, "calls": -0.02}
+
+
+def test_the_settings_that_the_page_about_rewards_shows_are_taken() -> None:
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL):
+        Settings.model_validate(tomllib.loads(block))
