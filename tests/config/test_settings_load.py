@@ -266,3 +266,29 @@ def test_there_may_be_several_upstreams_and_their_order_is_the_files() -> None:
 )
 def test_an_upstream_that_cannot_be_is_refused_by_name(text: str, said: str) -> None:
     assert said in refusal(f"[[upstreams]]\n{text}")
+
+
+def test_rewards_have_weights_with_a_sign() -> None:
+    entries = [
+        {"name": "style", "weight": 0.5},
+        {"name": "latency", "direction": "minimize"},
+        {"name": "cost", "weight": 0},
+    ]
+    settings = Settings.model_validate({"rewards": entries})
+    assert settings.reward_weights == {"style": 0.5, "latency": -1.0, "cost": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ('name = "a"\nweight = -1', "weight is -1; allowed: a number of at least 0"),
+        ('name = "a"\ndirection = "up"', "one of maximize, minimize"),
+        ('name = "a"\n[[rewards]]\nname = "a"', "the reward 'a' has two entries"),
+        ("weight = 1", "name is missing"),
+    ],
+)
+def test_a_reward_entry_that_makes_no_sense_is_said(tmp_path: Path, entries: str, said: str) -> None:
+    path = tmp_path / "lightning.toml"
+    path.write_text(f"[[rewards]]\n{entries}\n")
+    with pytest.raises(ConfigError, match=said):
+        load_settings(config=path, env={})

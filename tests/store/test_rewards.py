@@ -185,3 +185,45 @@ class Ledger(RuleBasedStateMachine):
 
 TestLedger = Ledger.TestCase
 TestLedger.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+
+
+def test_many_are_entered_in_order_or_none_of_them(store: Store) -> None:
+    store.create_rollout(rollout_id="r1")
+    many: list[dict[str, Any]] = [{"rollout_id": "r1", "value": value} for value in (1.0, 2.0, 3.0)]
+    assert [reward.value for reward, _ in store.add_rewards(many)] == [1.0, 2.0, 3.0]
+    many.append({"rollout_id": "r1", "value": "high"})
+    with pytest.raises(InvalidInput, match=r"rewards\[3\]: value must be a number"):
+        store.add_rewards(many)
+    assert len(store.list_rewards("r1")) == 3
+
+
+def test_an_entry_without_a_value_leaves_the_value_before_it(store: Store) -> None:
+    store.create_rollout(rollout_id="r1")
+    store.add_reward(rollout_id="r1", value=1.0)
+    store.add_reward(rollout_id="r1", comment="why?")
+    assert [reward.value for reward in store.counting_rewards("r1")] == [1.0]
+    with pytest.raises(InvalidInput, match="a value, a comment or a demonstration"):
+        store.add_reward(rollout_id="r1")
+
+
+def test_the_ledger_can_be_read_as_it_was(store: Store) -> None:
+    store.create_rollout(rollout_id="r1")
+    first, _ = store.add_reward(rollout_id="r1", value=1.0)
+    store.add_reward(rollout_id="r1", value=2.0)
+    store.add_reward(rollout_id="r1", value=3.0, name="style")
+    assert store.counting_rewards("r1", first.reward_id) == (first,)
+    assert [reward.value for reward in store.counting_rewards("r1")] == [2.0, 3.0]
+
+
+def test_of_demonstrations_for_the_same_target_and_name_the_last_one_is_read(store: Store) -> None:
+    span_id = store.add_span(make_span())
+    message = {"role": "assistant", "content": "It is 42."}
+    store.add_reward(rollout_id="r1", demonstration="first", value=0.0)
+    store.add_reward(rollout_id="r1", demonstration="second")
+    store.add_reward(rollout_id="r1", value=1.0)  # a value leaves it
+    store.add_reward(span_id=span_id, demonstration=message)
+    found = store.demonstrations()
+    assert [(entry.demonstration, entry.span_id) for entry in found] == [("second", None), (message, span_id)]
+    assert found == [entry for entry in store.list_rewards("r1") if entry in found]
+    assert store.demonstrations(limit=1) == found[:1]
+    assert store.demonstrations(after=found[0].reward_id or 0) == found[1:]

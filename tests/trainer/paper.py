@@ -29,7 +29,7 @@ class PaperUpdates(PaperBackend):
     """An update engine whose steps change nothing and cost a moment."""
 
     def update(self, rows: Rows) -> Mapping[str, float]:
-        time.sleep(0.01)
+        time.sleep(0.05)
         return {"pg_loss": 0.0, "grad_norm": 0.0, "clip_frac": 0.0}
 
 
