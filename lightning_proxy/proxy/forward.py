@@ -35,7 +35,7 @@ from .upstream import Upstream, read_out, reset_at_the_end, response_headers
 from .upstreams import Endpoint, Upstreams
 from .websocket import WebSockets, is_upgrade
 from .wires import Wire, wire_for
-from .wires.base import Json, Untranslatable
+from .wires.base import Json, Untranslatable, shaped
 
 log = logging.getLogger(__name__)
 _SMALL_BODY = 2**20  # bytes
@@ -219,6 +219,8 @@ class Forwarder:
         if tokens:
             wire = await endpoint.informed(wire, received.request, headers)
         prepared = wire.prepare(received.body, received.request, tokens=tokens)
+        if tokens and shaped(prepared.sampling):
+            await endpoint.note_logprobs_mode(prepared.sampling, received.request, headers)
         policy, version = None, None
         if endpoint is self._upstreams.main:
             policy, version = self._switch.policy_of(received.request.get("model"))

@@ -5,13 +5,14 @@ Axes in array names: ``T`` all tokens of all rows one after another, ``N`` rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_proxy.errors import TrainingError
+from lightning_proxy.trainer.sampling import PLAIN, Sampling
 from lightning_proxy.trainer.trajectories import Trajectory
 
 Ints = NDArray[np.int64]
@@ -31,8 +32,11 @@ class Rows:
     logprobs: Floats  # T; of the engine that sampled, natural log
     advantages: Floats  # T
     weights: Floats  # T; factor of the token's loss in the sum that is the mini-batch's loss
+    sampling: NDArray[np.int16]  # T; which of `samplings` the token was sampled from
+    raw: NDArray[np.bool_]  # T; True: `logprobs` has the model's own, though it was sampled from another
     offsets: Ints  # N + 1
     rollouts: tuple[str, ...]  # N
+    samplings: tuple[Sampling, ...] = (PLAIN,)  # the first is the model's own distribution
 
     def __len__(self) -> int:
         return len(self.rollouts)
@@ -50,15 +54,50 @@ class Rows:
     def select(self, rows: Ints) -> Rows:
         """Only these rows, in this order."""
         picked_T = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows])
-        return Rows(
+        return replace(
+            self,
             tokens=self.tokens[picked_T],
             mask=self.mask[picked_T],
             logprobs=self.logprobs[picked_T],
             advantages=self.advantages[picked_T],
             weights=self.weights[picked_T],
+            sampling=self.sampling[picked_T],
+            raw=self.raw[picked_T],
             offsets=_offsets(self.lengths[rows]),
             rollouts=tuple(self.rollouts[i] for i in rows),
         )
+
+    def first_tokens(self, count: int) -> Rows:
+        """At most ``count`` tokens of the first row, alone, as from the model's own distribution."""
+        first = self.select(np.array([0], dtype=np.int64))
+        end = min(count, len(first.tokens))
+        return replace(
+            first,
+            tokens=first.tokens[:end],
+            mask=first.mask[:end],
+            logprobs=first.logprobs[:end],
+            advantages=first.advantages[:end],
+            weights=first.weights[:end],
+            sampling=np.zeros(end, dtype=np.int16),
+            raw=np.zeros(end, dtype=np.bool_),
+            offsets=np.array([0, end], dtype=np.int64),
+        )
+
+    def as_told(self) -> Rows:
+        """The same with the distributions whose logprobs the engine told: the model's own where raw."""
+        return replace(self, sampling=np.where(self.raw, np.int16(0), self.sampling))
+
+    def with_logprobs_of_sampling(self, compute: Callable[[Rows], Floats]) -> Rows:
+        """The same with no raw logprob left; ``compute`` is a backend's, on the weights that sampled them."""
+        of_raw_N = np.add.reduceat(self.raw, self.offsets[:-1]) > 0
+        if not of_raw_N.any():
+            return self
+        rows = np.flatnonzero(of_raw_N)
+        part = self.select(rows)
+        logprobs_T = self.logprobs.copy()
+        into_T = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows])
+        logprobs_T[into_T] = np.where(part.raw, compute(part), part.logprobs)
+        return replace(self, logprobs=logprobs_T, raw=np.zeros_like(self.raw))
 
 
 def pack(trajectories: Sequence[Trajectory]) -> Rows:
@@ -72,6 +111,9 @@ def pack(trajectories: Sequence[Trajectory]) -> Rows:
     mask_T = np.zeros(total, dtype=np.bool_)
     logprobs_T = np.zeros(total, dtype=np.float32)
     advantages_T = np.zeros(total, dtype=np.float32)
+    sampling_T = np.zeros(total, dtype=np.int16)
+    raw_T = np.zeros(total, dtype=np.bool_)
+    samplings = {PLAIN: 0}
     for offset, trajectory in zip(offsets_N1, trajectories, strict=False):
         for piece in trajectory.pieces:
             if piece.transition.advantage is None:
@@ -80,14 +122,19 @@ def pack(trajectories: Sequence[Trajectory]) -> Rows:
             mask_T[place] = True
             logprobs_T[place] = piece.transition.logprobs
             advantages_T[place] = piece.transition.advantage
+            sampling_T[place] = samplings.setdefault(piece.transition.sampling, len(samplings))
+            raw_T[place] = piece.transition.logprobs_are_raw
     return Rows(
         tokens=np.concatenate([np.asarray(each.token_ids, dtype=np.int64) for each in trajectories]),
         mask=mask_T,
         logprobs=logprobs_T,
         advantages=advantages_T,
         weights=mask_T.astype(np.float32),
+        sampling=sampling_T,
+        raw=raw_T,
         offsets=offsets_N1,
         rollouts=tuple(each.rollout_id for each in trajectories),
+        samplings=tuple(samplings),
     )
 
 
@@ -101,15 +148,7 @@ def weigh(rows: Rows, mini_batches: int) -> Rows:
     it became, and merged or unmerged rows give the same gradient.
     """
     weight = np.float32(mini_batches / max(rows.trained_tokens, 1))
-    return Rows(
-        tokens=rows.tokens,
-        mask=rows.mask,
-        logprobs=rows.logprobs,
-        advantages=rows.advantages,
-        weights=rows.mask.astype(np.float32) * weight,
-        offsets=rows.offsets,
-        rollouts=rows.rollouts,
-    )
+    return replace(rows, weights=rows.mask.astype(np.float32) * weight)
 
 
 def split_mini_batches(

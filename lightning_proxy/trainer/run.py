@@ -39,16 +39,16 @@ def train_once(
         parent = this.starting_version()
         with Lease(store, this.policy, settings.train.lease_s) as lease, own_or(warm) as engine:
             recorded = this.drain(lease)
-            batch = this.prepare(recorded)
+            batch = this.prepare(recorded, parent)
             store.give_back(lease.run_id, batch.for_later)
             if not batch.rows:
                 return this.commit_nothing(lease)
             backend = this.open(engine, parent)
-            this.compare(backend, batch, parent)
+            rows = this.compare(backend, batch, parent)
             lease.check()
-            this.update(backend, batch.rows, parent)
+            this.update(backend, rows, parent)
             lease.check()
-            version = this.export(backend, engine, batch.rows, parent)
+            version = this.export(backend, engine, rows, parent)
             store.commit_run(lease.run_id, report=this.report(Outcome.STAGED_ONLY).as_dict(), version=version)
             engine.now_at(version.version)
     except NothingToTrain as nothing:

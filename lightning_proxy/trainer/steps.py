@@ -22,9 +22,11 @@ from lightning_proxy.trainer.groups import Grouping, form_groups
 from lightning_proxy.trainer.lease import Lease
 from lightning_proxy.trainer.publish import clear_away, promote, version_directory, write_version
 from lightning_proxy.trainer.report import Outcome, Stopwatch, TrainReport
+from lightning_proxy.trainer.sampling import engine_defaults
 from lightning_proxy.trainer.trajectories import Trajectory, merge
 from lightning_proxy.trainer.transitions import (
     LeftOut,
+    Terms,
     TrainableRollout,
     rollout_return,
     trainable_rollouts,
@@ -73,7 +75,7 @@ class Pass:
     def preview(self) -> TrainReport:
         """What a pass would train on; nothing is taken, and verl is not loaded."""
         recorded = self.store.preview(self.policy, self.settings.train.max_rollouts)
-        left_out, _, rollouts = self._transitions_in_groups(recorded)
+        left_out, _, rollouts = self._transitions_in_groups(recorded, self.store.active_version(self.policy))
         trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
         self._count(rollouts, trajectories, left_out, given_back=0)
         waiting = self.store.backlog(self.policy)
@@ -134,10 +136,10 @@ class Pass:
         self.progress(f"drained {len(recorded)} rewarded rollouts")
         return recorded
 
-    def prepare(self, recorded: Sequence[RecordedRollout]) -> Batch:
+    def prepare(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion) -> Batch:
         """Transitions, groups, advantages, trajectories, rows."""
         with self.clock.phase("prepare"):
-            left_out, grouping, rollouts = self._transitions_in_groups(recorded)
+            left_out, grouping, rollouts = self._transitions_in_groups(recorded, parent)
         if grouping.groups:
             with self.clock.phase("load"):  # the estimator is verl's: this imports it
                 estimate = estimator(self.settings.train)
@@ -167,8 +169,12 @@ class Pass:
         self._update(optimizer=engine.optimizer)
         return backend
 
-    def compare(self, backend: Backend, batch: Batch, parent: PolicyVersion) -> None:
-        """Engine's against trainer's logprobs, on rows that the parent's weights sampled."""
+    def compare(self, backend: Backend, batch: Batch, parent: PolicyVersion) -> Rows:
+        """Engine's against trainer's logprobs, on rows that the parent's weights sampled.
+
+        Returns all rows, with logprobs of what was really sampled from: where the engine told those of
+        the model's own distribution only, the trainer's, for it has the very weights that sampled.
+        """
         assert batch.rows is not None
         fresh = [
             index
@@ -176,10 +182,11 @@ class Pass:
             if all(piece.transition.policy_version == parent.version for piece in trajectory.pieces)
         ]
         if not fresh:
-            return
+            return batch.rows
         with self.clock.phase("compare"):
             rows = batch.rows.select(np.array(fresh, dtype=np.int64))
-            difference = np.abs(backend.logprobs(rows) - rows.logprobs)[rows.mask]
+            difference = np.abs(backend.logprobs(rows.as_told()) - rows.logprobs)[rows.mask]
+            completed = batch.rows.with_logprobs_of_sampling(backend.logprobs)
         found = {"max": float(difference.max()), "mean": float(difference.mean()), "tokens": len(difference)}
         self._update(logprob_difference=found)
         self.progress(f"engine's and trainer's logprobs differ by at most {found['max']:.2g}")
@@ -187,6 +194,7 @@ class Pass:
             self.progress(
                 f"  that is too much for the same weights: does the engine serve version {parent.version}?"
             )
+        return completed
 
     def update(self, backend: Backend, rows: Rows, parent: PolicyVersion) -> None:
         """All epochs over all mini-batches; ``CheckpointInvalid`` where a step was not finite."""
@@ -216,7 +224,7 @@ class Pass:
         number = self.store.next_version(self.policy)
         assert engine.lineage is not None  # the engine is open
         with self.clock.phase("export"):
-            probe_rows = _first_tokens(rows, _PROBE_TOKENS)
+            probe_rows = rows.first_tokens(_PROBE_TOKENS)
             logprobs = [float(value) for value in backend.logprobs(probe_rows)[1:]]
             guard.check_probe(logprobs)
             path = write_version(
@@ -265,19 +273,26 @@ class Pass:
         return Outcome.TRAINED
 
     def _transitions_in_groups(
-        self, recorded: Sequence[RecordedRollout]
+        self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None
     ) -> tuple[LeftOut, Grouping, list[TrainableRollout]]:
         train = self.settings.train
         values = [value for each in recorded if (value := rollout_return(each)) is not None]
         self._update(reward_mean=float(np.mean(values)) if values else None)
         left_out = LeftOut()
-        rollouts = trainable_rollouts(
-            recorded, policy=self.policy, max_tokens=train.max_row_tokens, left_out=left_out
-        )
+        rollouts = trainable_rollouts(recorded, self._terms(parent), left_out)
         # A full drain must not be blocked for ever by groups that never grow.
         may_wait = len(recorded) < train.max_rollouts
         grouping = form_groups(rollouts, min_size=train.min_group_size, may_wait=may_wait, left_out=left_out)
         return left_out, grouping, [rollout for members in grouping.groups for rollout in members]
+
+    def _terms(self, parent: PolicyVersion | None) -> Terms:
+        model = self.settings.policy.model if parent is None else Path(parent.path)
+        return Terms(
+            self.policy,
+            self.settings.train.max_row_tokens,
+            version=None if parent is None else parent.version,
+            sampling_defaults=engine_defaults(model),
+        )
 
     def _count(
         self,
@@ -331,18 +346,3 @@ class Pass:
 
     def _update(self, **values: Any) -> None:
         self._report = replace(self._report, **values)
-
-
-def _first_tokens(rows: Rows, count: int) -> Rows:
-    """The beginning of the first row, alone."""
-    first = rows.select(np.array([0], dtype=np.int64))
-    end = min(count, len(first.tokens))
-    return Rows(
-        tokens=first.tokens[:end],
-        mask=first.mask[:end],
-        logprobs=first.logprobs[:end],
-        advantages=first.advantages[:end],
-        weights=first.weights[:end],
-        offsets=np.array([0, end], dtype=np.int64),
-        rollouts=first.rollouts,
-    )

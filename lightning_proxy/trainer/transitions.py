@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from lightning_proxy.store import Fidelity, Generation, RecordedRollout, Reward, Span
+from lightning_proxy.trainer.sampling import (
+    LOGPROBS_MODE,
+    PLAIN,
+    PROCESSED,
+    Sampling,
+    Unknowable,
+    sampling_of,
+)
 
 
 class Reason(StrEnum):
@@ -26,6 +35,12 @@ class Reason(StrEnum):
     NOT_EXACT = "not_exact"  # calls without the engine's own token ids
     NO_LOGPROBS = "no_logprobs"  # generations without a finite logprob for every token
     EMPTY = "empty"  # generations without a token, or with an empty prompt
+    GREEDY = "greedy"  # calls at temperature 0: nothing was sampled, so nothing is learnt from the choice
+    PENALISED = "penalised"  # calls with penalties or biases: the distribution cannot be computed again
+    CONSTRAINED = "constrained"  # calls whose tokens a grammar chose among (forced tools, formats)
+    MALFORMED_SAMPLING = "malformed_sampling"  # calls with a sampling parameter that is no number
+    UNKNOWN_LOGPROBS = "unknown_logprobs"  # calls sampled at another temperature, or cut, by an earlier
+    # version, of which the engine told the logprobs of the model's own distribution
     TOO_LONG = "too_long"  # generations whose prompt and response exceed max_row_tokens
 
 
@@ -54,6 +69,9 @@ class Transition:
     prompt_ids: array[int]
     response_ids: array[int]
     logprobs: array[float]  # the engine's own, one per response token
+    sampling: Sampling = PLAIN  # the distribution that the response was sampled from
+    # The logprobs are those of the model's own distribution, though it was sampled from another.
+    logprobs_are_raw: bool = False
     next_prompt_ids: array[int] | None = None
     group: Group | None = None
     credit: float | None = None
@@ -86,8 +104,18 @@ class LeftOut:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a call must be to be trained on."""
+
+    policy: str
+    max_tokens: int  # of prompt and response together
+    version: int | None = None  # whose weights the trainer has: what was sampled from them it can compute
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # see `sampling.engine_defaults`
+
+
 def trainable_rollouts(
-    recorded: Iterable[RecordedRollout], *, policy: str, max_tokens: int, left_out: LeftOut
+    recorded: Iterable[RecordedRollout], terms: Terms, left_out: LeftOut
 ) -> list[TrainableRollout]:
     """The rollouts that can be trained on; each other one, and each call left out, is counted."""
     kept = []
@@ -97,7 +125,7 @@ def trainable_rollouts(
             left_out.rollouts[Reason.INCOMPLETE_ROLLOUT] += 1
         elif value is None:
             left_out.rollouts[Reason.NO_REWARD] += 1
-        elif transitions := transitions_of(each, policy=policy, max_tokens=max_tokens, left_out=left_out):
+        elif transitions := transitions_of(each, terms, left_out):
             kept.append(TrainableRollout(each.rollout.rollout_id, each.rollout.task_id, value, transitions))
         else:
             left_out.rollouts[Reason.NO_TRANSITION] += 1
@@ -120,18 +148,24 @@ def rollout_return(recorded: RecordedRollout) -> float | None:
     return math.fsum(values) if values else None
 
 
-def transitions_of(
-    recorded: RecordedRollout, *, policy: str, max_tokens: int, left_out: LeftOut
-) -> tuple[Transition, ...]:
+def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -> tuple[Transition, ...]:
     """One transition per generation that the policy made, in order of time."""
     made: list[Transition] = []
     unseen = superseded(recorded.spans)
     for position, span in enumerate(recorded.spans):
-        if reason := Reason.SUPERSEDED if position in unseen else _why_not_span(span, policy):
+        if reason := Reason.SUPERSEDED if position in unseen else _why_not_span(span, terms.policy):
             left_out.calls[reason] += 1
             continue
+        sampling = sampling_of(span.sampling, terms.sampling_defaults)
+        if isinstance(sampling, Unknowable):
+            left_out.calls[Reason(sampling.value)] += 1
+            continue
+        raw = sampling != PLAIN and span.sampling.get(LOGPROBS_MODE) != PROCESSED
+        if raw and not span.policy_version == span.policy_version_end == terms.version:
+            left_out.calls[Reason.UNKNOWN_LOGPROBS] += 1
+            continue
         for choice, generation in enumerate(span.generations):
-            if reason := _why_not_generation(generation, max_tokens):
+            if reason := _why_not_generation(generation, terms.max_tokens):
                 left_out.calls[reason] += 1
                 continue
             made.append(
@@ -145,7 +179,9 @@ def transitions_of(
                     prompt_ids=generation.prompt_token_ids,
                     response_ids=generation.response_token_ids,
                     logprobs=generation.logprobs,
-                    next_prompt_ids=_next_prompt(recorded.spans, position + 1, unseen, policy),
+                    sampling=sampling,
+                    logprobs_are_raw=raw,
+                    next_prompt_ids=_next_prompt(recorded.spans, position + 1, unseen, terms.policy),
                 )
             )
     return tuple(made)

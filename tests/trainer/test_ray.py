@@ -32,6 +32,8 @@ def random_rows(count: int) -> Rows:
         logprobs=np.where(mask, -4, 0).astype(np.float32),
         advantages=np.where(mask, generator.normal(size=total), 0).astype(np.float32),
         weights=(mask / mask.sum()).astype(np.float32),
+        sampling=np.zeros(total, dtype=np.int16),
+        raw=np.zeros(total, dtype=np.bool_),
         offsets=offsets,
         rollouts=tuple(map(str, range(count))),
     )

@@ -9,6 +9,7 @@ from lightning_proxy.store import Fidelity, RecordedRollout, Reward, Span
 from lightning_proxy.trainer.transitions import (
     LeftOut,
     Reason,
+    Terms,
     TrainableRollout,
     rollout_return,
     superseded,
@@ -19,7 +20,7 @@ from tests.trainer.recording import POLICY, failed_span, generation, recorded, s
 
 def convert(*rollouts: RecordedRollout, max_tokens: int = 100) -> tuple[list[TrainableRollout], LeftOut]:
     left_out = LeftOut()
-    return trainable_rollouts(rollouts, policy=POLICY, max_tokens=max_tokens, left_out=left_out), left_out
+    return trainable_rollouts(rollouts, Terms(POLICY, max_tokens), left_out), left_out
 
 
 def reward(value: float = 1.0, *, attempt: int | None = None, span_id: int | None = None) -> Reward:

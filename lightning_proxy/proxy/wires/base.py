@@ -111,6 +111,15 @@ def sampling_of(request: Json, keys: Iterable[str]) -> Json:
     return {key: request[key] for key in keys if request.get(key) is not None}
 
 
+def shaped(sampling: Json) -> bool:
+    """Whether these parameters make another distribution of the model's own."""
+    return (
+        sampling.get("temperature", 1) != 1
+        or sampling.get("top_p", 1) != 1
+        or bool(sampling.get("top_k") or sampling.get("min_p"))
+    )
+
+
 def packed(typecode: str, values: list[Any]) -> array[Any]:
     """``array(typecode, values)``, three times as fast. Raises struct.error."""
     made: array[Any] = array(typecode)

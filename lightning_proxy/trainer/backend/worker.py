@@ -38,6 +38,7 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from lightning_proxy.trainer.backend.shaping import Shaper
 from lightning_proxy.trainer.batches import Floats, Ints, Rows, plan_micro_batches
 from lightning_proxy.trainer.checkpoint import read_layout
 
@@ -78,6 +79,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
         torch.manual_seed(config.seed + self.rank)
         self.set_loss_fn(functools.partial(policy_loss, _actor_config(config)))
         self.reset()
+        self._shaper = Shaper(self.engine.module, packed=config.packed)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def logprobs(self, rows: Rows) -> Floats:
@@ -170,6 +172,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
 
     def _tensors(self, rows: Rows) -> TensorDict:
         """One micro-batch as the jagged TensorDict that verl's engine and ``ppo_loss`` take."""
+        self._shaper.expect(rows)
         starts_N = [int(np.flatnonzero(mask)[0]) if mask.any() else 1 for mask in _per_row(rows, rows.mask)]
 
         def responses(values_T: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -193,7 +196,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
                 "rollout_is_weights": responses(rows.weights, torch.float32),
             },
             {
-                "temperature": 1.0,  # engines report logprobs of the unscaled distribution
+                "temperature": 1.0,  # the shaper scales, token by token
                 "global_batch_size": len(rows),
                 "use_dynamic_bsz": False,
                 "micro_batch_size_per_gpu": len(rows),
@@ -348,6 +351,8 @@ _PADDING = Rows(
     logprobs=np.zeros(2, dtype=np.float32),
     advantages=np.zeros(2, dtype=np.float32),
     weights=np.zeros(2, dtype=np.float32),
+    sampling=np.zeros(2, dtype=np.int16),
+    raw=np.zeros(2, dtype=np.bool_),
     offsets=np.array([0, 2], dtype=np.int64),
     rollouts=("",),
 )
