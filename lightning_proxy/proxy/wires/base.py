@@ -111,12 +111,14 @@ def sampling_of(request: Json, keys: Iterable[str]) -> Json:
     return {key: request[key] for key in keys if request.get(key) is not None}
 
 
+_SHAPING = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0}  # and the values that change nothing
+
+
 def shaped(sampling: Json) -> bool:
     """Whether these parameters make another distribution of the model's own."""
-    return (
-        sampling.get("temperature", 1) != 1
-        or sampling.get("top_p", 1) != 1
-        or bool(sampling.get("top_k") or sampling.get("min_p"))
+    return any(
+        isinstance(value := sampling.get(name, off), int | float) and value != off
+        for name, off in _SHAPING.items()
     )
 
 
