@@ -18,6 +18,7 @@ class Grouping:
 
     groups: tuple[tuple[TrainableRollout, ...], ...]
     for_later: tuple[str, ...]
+    all_equal: int = 0  # groups left out because their returns do not differ
 
 
 def form_groups(
@@ -36,15 +37,17 @@ def form_groups(
         members.setdefault(group, []).append(replace(rollout, transitions=tagged))
     kept: list[tuple[TrainableRollout, ...]] = []
     for_later: list[str] = []
+    all_equal = 0
     for group_members in members.values():
         if len(group_members) < min_size:
             left_out.rollouts[Reason.GROUP_TOO_SMALL] += len(group_members)
             for_later += [rollout.rollout_id for rollout in group_members if may_wait]
         elif len({rollout.value for rollout in group_members}) == 1:
             left_out.rollouts[Reason.GROUP_ALL_EQUAL] += len(group_members)
+            all_equal += 1
         else:
             kept.append(tuple(group_members))
-    return Grouping(tuple(kept), tuple(for_later))
+    return Grouping(tuple(kept), tuple(for_later), all_equal)
 
 
 def group_of(rollout: TrainableRollout) -> Group:

@@ -41,10 +41,12 @@ def train_once(
             recorded = this.drain(lease)
             batch = this.prepare(recorded, parent)
             store.give_back(lease.run_id, batch.for_later)
+            if (collapse := this.collapse(batch, parent)) is not None:
+                return this.stop(lease, collapse)
             if not batch.rows:
                 return this.commit_nothing(lease)
             backend = this.open(engine, parent)
-            rows = this.compare(backend, batch, parent)
+            rows = this.refer(backend, this.compare(backend, batch, parent), parent)
             lease.check()
             this.update(backend, rows, parent)
             lease.check()

@@ -41,6 +41,7 @@ class Reason(StrEnum):
     MALFORMED_SAMPLING = "malformed_sampling"  # calls with a sampling parameter that is no number
     UNKNOWN_LOGPROBS = "unknown_logprobs"  # calls sampled at another temperature, or cut, by an earlier
     # version, of which the engine told the logprobs of the model's own distribution
+    TOO_OLD = "too_old"  # calls that weights of more than max_version_age versions ago answered
     TOO_LONG = "too_long"  # generations whose prompt and response exceed max_row_tokens
 
 
@@ -65,17 +66,24 @@ class Transition:
     span_id: int | None
     choice: int
     role: str | None
-    policy_version: int | None
+    policy_version: int | None  # when the call was sent
     prompt_ids: array[int]
     response_ids: array[int]
     logprobs: array[float]  # the engine's own, one per response token
     sampling: Sampling = PLAIN  # the distribution that the response was sampled from
     # The logprobs are those of the model's own distribution, though it was sampled from another.
     logprobs_are_raw: bool = False
+    policy_version_end: int | None = None  # when its last token was made
     next_prompt_ids: array[int] | None = None
     group: Group | None = None
     credit: float | None = None
     advantage: float | None = None
+
+    @property
+    def sampled_by(self) -> int:
+        """The one version whose weights sampled the response; -1 where that is not known or not one."""
+        one = self.policy_version is not None and self.policy_version == self.policy_version_end
+        return self.policy_version if one and self.policy_version is not None else -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,7 @@ class Terms:
     policy: str
     max_tokens: int  # of prompt and response together
     version: int | None = None  # whose weights the trainer has: what was sampled from them it can compute
+    oldest_version: int = 0  # what earlier ones sampled is too old
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # see `sampling.engine_defaults`
 
 
@@ -156,6 +165,9 @@ def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -
         if reason := Reason.SUPERSEDED if position in unseen else _why_not_span(span, terms.policy):
             left_out.calls[reason] += 1
             continue
+        if span.policy_version is not None and span.policy_version < terms.oldest_version:
+            left_out.calls[Reason.TOO_OLD] += 1
+            continue
         sampling = sampling_of(span.sampling, terms.sampling_defaults)
         if isinstance(sampling, Unknowable):
             left_out.calls[Reason(sampling.value)] += 1
@@ -181,6 +193,7 @@ def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -
                     logprobs=generation.logprobs,
                     sampling=sampling,
                     logprobs_are_raw=raw,
+                    policy_version_end=span.policy_version_end,
                     next_prompt_ids=_next_prompt(recorded.spans, position + 1, unseen, terms.policy),
                 )
             )

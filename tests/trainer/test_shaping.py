@@ -14,6 +14,7 @@ from lightning_proxy.trainer.backend import Backend, open_backend
 from lightning_proxy.trainer.batches import Rows
 from lightning_proxy.trainer.sampling import PLAIN, Sampling
 from tests.trainer.conftest import recipe
+from tests.trainer.rows import random_rows
 
 if TYPE_CHECKING:
     from tests.trainer.plain import PlainModel
@@ -57,26 +58,10 @@ def backend(tiny_model: Path) -> Iterator[Backend]:
     opened.close()
 
 
-def some_rows(count: int = 9, seed: int = 4) -> Rows:
+def some_rows(count: int = 9) -> Rows:
     """Rows of different lengths in which each token was sampled from one of SAMPLINGS."""
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(5, 30, count)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    total = int(offsets[-1])
-    mask = generator.random(total) < 0.7
-    mask[offsets[:-1]] = mask[offsets[:-1] + 1] = False
-    return Rows(
-        tokens=generator.integers(2, 64, total),
-        mask=mask,
-        logprobs=np.zeros(total, dtype=np.float32),
-        advantages=np.where(mask, generator.normal(size=total), 0).astype(np.float32),
-        weights=(mask / mask.sum()).astype(np.float32),
-        sampling=np.where(mask, generator.integers(0, len(SAMPLINGS), total), 0).astype(np.int16),
-        raw=np.zeros(total, dtype=np.bool_),
-        offsets=offsets,
-        rollouts=tuple(map(str, range(count))),
-        samplings=SAMPLINGS,
-    )
+    lengths = np.random.default_rng(4).integers(5, 30, count).tolist()
+    return random_rows(lengths, seed=4, share=0.7, samplings=SAMPLINGS)
 
 
 def expected_logprobs(rows: Rows, plain: PlainModel) -> np.ndarray[Any, Any]:
