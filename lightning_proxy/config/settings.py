@@ -207,8 +207,8 @@ class TrainSettings(_Table):
     )
     kl_estimator: Literal["k1", "k2", "k3", "k3+", "abs"] = Field(
         default="k3+",
-        description="How that divergence is estimated, by verl's names. `k3` is GRPO's; `k3+` has its value and "
-        "the gradient of `k2`, which is the divergence's own.",
+        description="How that divergence is estimated, by verl's names. `k3` is GRPO's; `k3+` has its value "
+        "and the gradient of `k2`, which is the divergence's own.",
     )
     entropy_coef: float = Field(
         default=0.0,
@@ -217,8 +217,8 @@ class TrainSettings(_Table):
     )
     importance: Literal["decoupled", "behaviour"] = Field(
         default="decoupled",
-        description="Off-policy correction. `decoupled`: clipping is about the weights that the update starts "
-        "from, and tokens that other weights (or another precision) sampled are weighed by their "
+        description="Off-policy correction. `decoupled`: clipping is about the weights that the update "
+        "starts from, and tokens that other weights (or another precision) sampled are weighed by their "
         "importance, cut at `importance_cap`. `behaviour`: clipping is about whatever sampled them.",
     )
     importance_cap: float = Field(
@@ -317,7 +317,7 @@ class GuardSettings(_Table):
     window: int = Field(default=20, ge=2, description="Runs that are looked back on.")
     roll_back: bool = Field(
         default=False,
-        description="After a drop of reward or a rise of entropy, have the proxy go back to the best version.",
+        description="After a drop of reward or a rise of entropy, go back to the best version.",
     )
 
 

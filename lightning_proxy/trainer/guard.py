@@ -103,7 +103,7 @@ def _agreement(mixed: int, groups: int, least: float) -> Collapse | None:
     if not groups or mixed / groups >= least:
         return None
     return Collapse(
-        f"returns differ in {mixed} of {groups} groups, less than [guard] min_mixed_groups = {least:g} asks for"
+        f"returns differ in {mixed} of {groups} groups: less than [guard] min_mixed_groups = {least:g}"
     )
 
 
@@ -118,8 +118,8 @@ def check_steps(steps: Sequence[Mapping[str, float]], settings: GuardSettings) -
                 )
         if metrics["kl"] > settings.max_kl:
             raise CheckpointInvalid(
-                f"by step {number} of {len(steps)} the policy had moved {metrics['kl']:.3g} nats a token, more "
-                f"than [guard] max_kl = {settings.max_kl:g}: nothing is published. Lower [train] learning_rate "
+                f"by step {number} of {len(steps)} the policy had moved {metrics['kl']:.3g} nats a token, "
+                f"more than [guard] max_kl = {settings.max_kl:g}: nothing is published. Lower learning_rate "
                 "or epochs"
             )
 

@@ -142,7 +142,7 @@ def clear_away(
     *,
     keep: frozenset[int] = frozenset(),
 ) -> list[int]:
-    """Delete the checkpoints of versions that do not serve: all but the newest ``keep_versions`` and ``keep``.
+    """Delete checkpoints of versions that do not serve, but for the newest ``keep_versions`` and ``keep``.
 
     Only directories that this trainer wrote, and never one of a version that serves or waits.
     """

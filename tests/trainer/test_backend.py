@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from lightning_proxy.trainer.checkpoint import validate
 from lightning_proxy.trainer.trajectories import merge
 from lightning_proxy.trainer.transitions import Transition
 from tests.trainer.conftest import recipe
+from tests.trainer.gradients import assert_same_gradients, gradients, worker_of
 
 if TYPE_CHECKING:
     from tests.trainer.plain import PlainModel
@@ -40,10 +41,6 @@ def fresh(tiny_model: Path) -> Iterator[Backend]:
     opened = open_backend(recipe(), tiny_model)
     yield opened
     opened.close()
-
-
-def worker_of(backend: Backend) -> Any:
-    return backend._workers._worker  # type: ignore[attr-defined]
 
 
 def conversations(plain: PlainModel, count: int = 7, seed: int = 0) -> list[list[Transition]]:
@@ -87,23 +84,6 @@ def perturbed(rows: Rows, by: float) -> Rows:
     """Old logprobs as of another policy, so that ratios differ from 1 and some are clipped."""
     noise = np.random.default_rng(1).normal(scale=by, size=len(rows.tokens)).astype(np.float32)
     return replace(rows, logprobs=np.where(rows.mask, rows.logprobs + noise, 0).astype(np.float32))
-
-
-def gradients(backend: Backend, rows: Rows) -> tuple[dict[str, float], dict[str, np.ndarray[Any, Any]]]:
-    worker = worker_of(backend)
-    with worker.engine.train_mode():
-        metrics = worker.accumulate(rows)
-        found = {
-            name: parameter.grad.full_tensor().numpy().copy()
-            for name, parameter in worker.engine.module.named_parameters()
-        }
-    return metrics, found
-
-
-def assert_same_gradients(some: dict[str, Any], others: dict[str, Any]) -> None:
-    assert some.keys() == others.keys()
-    for name in some:
-        np.testing.assert_allclose(np.asarray(some[name]), np.asarray(others[name]), atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("norm_by_std", [True, False])

@@ -113,6 +113,6 @@ def test_rows_say_of_each_token_what_it_was_sampled_from() -> None:
     assert rows.sampling.tolist() == [0, 0, 0, 0, 1, 1]
     assert rows.raw.tolist() == [False, False, False, False, True, True]
     assert rows.as_told().sampling.tolist() == [0] * 6
-    completed = rows.with_logprobs(np.arange(6))
+    completed = rows.with_logprobs(np.arange(6, dtype=np.float32))
     assert completed.logprobs.tolist() == [0, 1, 2, 3, 4, 5]
     assert not completed.raw.any()

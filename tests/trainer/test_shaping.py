@@ -14,6 +14,7 @@ from lightning_proxy.trainer.backend import Backend, open_backend
 from lightning_proxy.trainer.batches import Rows
 from lightning_proxy.trainer.sampling import PLAIN, Sampling
 from tests.trainer.conftest import recipe
+from tests.trainer.gradients import gradients
 from tests.trainer.rows import random_rows
 
 if TYPE_CHECKING:
@@ -114,13 +115,7 @@ def test_the_gradient_is_that_of_the_distribution_that_was_sampled_from(
         logprobs=np.zeros_like(rows.logprobs),
     )
     rows = replace(rows, logprobs=np.where(rows.mask, backend.logprobs(rows), 0).astype(np.float32))
-    worker = backend._workers._worker  # type: ignore[attr-defined]
-    with worker.engine.train_mode():
-        worker.accumulate(rows)
-        found = {
-            name: parameter.grad.full_tensor().numpy().copy()
-            for name, parameter in worker.engine.module.named_parameters()
-        }
+    _, found = gradients(backend, rows)
     plain.model.zero_grad()
     for start, end in zip(rows.offsets[:-1], rows.offsets[1:], strict=True):
         ids = torch.from_numpy(rows.tokens[start:end])

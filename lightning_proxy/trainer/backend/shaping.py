@@ -75,4 +75,5 @@ def shape_logits(logits: torch.Tensor, sampling: Sampling, sampled: torch.Tensor
             outside[:, -1] = False
             cut |= torch.zeros_like(cut).scatter(-1, order, outside)
         cut.scatter_(-1, sampled.unsqueeze(-1), False)
-    return scaled.masked_fill(cut, -torch.inf).to(logits.dtype)
+    # Not -inf: 0 x inf would make the entropy no number.
+    return scaled.masked_fill(cut, torch.finfo(logits.dtype).min).to(logits.dtype)
