@@ -44,6 +44,7 @@ class TrainReport:
     left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     grouped_by: Mapping[str, int] = field(default_factory=dict)  # method -> rollouts
     policy_versions: Mapping[str, int] = field(default_factory=dict)  # version that sampled -> transitions
+    drift: Mapping[str, int] = field(default_factory=dict)  # calls by how they go on from earlier ones
     reward_mean: float | None = None  # of all rollouts drained that have one
     # mean, std, min, max and count of the returns of what the parent version made, trained on or not
     rewards: Mapping[str, float] | None = None

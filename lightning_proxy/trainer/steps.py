@@ -18,6 +18,7 @@ from lightning_proxy.trainer.advantages import assign
 from lightning_proxy.trainer.backend import Backend, estimator, open_backend
 from lightning_proxy.trainer.batches import Floats, Rows, pack, split_mini_batches, weigh
 from lightning_proxy.trainer.credit import identical
+from lightning_proxy.trainer.drift import drifts
 from lightning_proxy.trainer.groups import Grouping, form_groups
 from lightning_proxy.trainer.guard import Collapse, Look
 from lightning_proxy.trainer.lease import Lease
@@ -387,6 +388,7 @@ class Pass:
                 "given_back": given_back,
             },
             left_out=left_out.as_dict(),
+            drift={str(kind): number for kind, number in drifts(transitions).items()},
             grouped_by=dict(Counter(first.group.method for first in firsts if first.group is not None)),
             policy_versions=dict(Counter(str(transition.policy_version) for transition in transitions)),
             advantages=None

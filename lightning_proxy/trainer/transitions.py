@@ -95,6 +95,11 @@ class TrainableRollout:
     value: float
     transitions: tuple[Transition, ...]
 
+    @property
+    def trained_tokens(self) -> int:
+        """Number of tokens that the policy generated."""
+        return sum(len(transition.response_ids) for transition in self.transitions)
+
 
 @dataclass(slots=True)
 class LeftOut:
