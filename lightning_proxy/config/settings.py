@@ -350,6 +350,18 @@ class RoleSettings(_Table):
         return self
 
 
+class ExplorationSettings(_Table):
+    """Rollouts that are sampled at a temperature of ours, for agents that run at 0 and so never explore.
+
+    The first entry whose `role` fits decides. Spans say so (`sampling.explored`); only calls to the
+    trained policy are changed.
+    """
+
+    role: str | None = Field(default=None, description="Role that explores; left out: every role.")
+    temperature: float = Field(default=1.0, gt=0, le=2, description="Temperature in place of the agent's.")
+    share: float = Field(default=1.0, gt=0, le=1, description="Share of rollouts that explore.")
+
+
 class Settings(_Table):
     """All tables of ``lightning.toml``."""
 
@@ -361,3 +373,4 @@ class Settings(_Table):
     guard: GuardSettings = GuardSettings()
     upstreams: tuple[UpstreamSettings, ...] = ()
     roles: tuple[RoleSettings, ...] = ()
+    exploration: tuple[ExplorationSettings, ...] = ()

@@ -95,6 +95,8 @@ def _toml_value(value: Any) -> str:
 
 def _example(info: FieldInfo) -> str:
     """Something of a setting's form, for an entry that has to be written by hand."""
+    if not info.is_required() and info.default:
+        return _toml_value(info.default)
     return '["..."]' if get_origin(info.annotation) is tuple else '"..."'
 
 
