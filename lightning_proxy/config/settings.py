@@ -193,6 +193,9 @@ class TrainSettings(_Table):
         default=Path("lightning-runs"),
         description="Where checkpoints are written; the engine must be able to read it.",
     )
+    roles: tuple[str, ...] = Field(
+        default=(), description="Roles whose calls are trained on; none named: all, and calls without one."
+    )
     estimator: str = Field(default="grpo", description="Advantage estimator, by verl's name.")
     norm_by_std: bool = Field(
         default=True, description="Divide a group's advantages by its standard deviation (GRPO)."

@@ -360,6 +360,7 @@ class Pass:
         return Terms(
             self.policy,
             self.settings.train.max_row_tokens,
+            roles=self.settings.train.roles,
             version=None if parent is None else parent.version,
             oldest_version=0 if parent is None else parent.version - self.settings.train.max_version_age,
             sampling_defaults=engine_defaults(model),

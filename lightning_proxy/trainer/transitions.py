@@ -32,6 +32,7 @@ class Reason(StrEnum):
     ERROR = "error"  # calls that ended in an error
     SUPERSEDED = "superseded"  # calls whose answer the agent's SDK did not get, and tried again
     OTHER_POLICY = "other_policy"  # calls to another model
+    OTHER_ROLE = "other_role"  # calls of a role that is not to be trained
     NOT_EXACT = "not_exact"  # calls without the engine's own token ids
     NO_LOGPROBS = "no_logprobs"  # generations without a finite logprob for every token
     EMPTY = "empty"  # generations without a token, or with an empty prompt
@@ -123,6 +124,7 @@ class Terms:
 
     policy: str
     max_tokens: int  # of prompt and response together
+    roles: tuple[str, ...] = ()  # none: all
     version: int | None = None  # whose weights the trainer has: what was sampled from them it can compute
     oldest_version: int = 0  # what earlier ones sampled is too old
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # see `sampling.engine_defaults`
@@ -167,7 +169,7 @@ def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -
     made: list[Transition] = []
     unseen = superseded(recorded.spans)
     for position, span in enumerate(recorded.spans):
-        if reason := Reason.SUPERSEDED if position in unseen else _why_not_span(span, terms.policy):
+        if reason := Reason.SUPERSEDED if position in unseen else _why_not_span(span, terms):
             left_out.calls[reason] += 1
             continue
         if span.policy_version is not None and span.policy_version < terms.oldest_version:
@@ -231,11 +233,13 @@ def _likeliest_before(span: Span) -> tuple[int, bool, float]:
     return span.retry, span.error_class is not None, span.ended_at
 
 
-def _why_not_span(span: Span, policy: str) -> Reason | None:
+def _why_not_span(span: Span, terms: Terms) -> Reason | None:
     if span.error_class is not None:
         return Reason.ERROR
-    if span.policy != policy:
+    if span.policy != terms.policy:
         return Reason.OTHER_POLICY
+    if terms.roles and span.role not in terms.roles:
+        return Reason.OTHER_ROLE
     if span.fidelity is not Fidelity.EXACT or not span.generations:
         return Reason.NOT_EXACT
     return None

@@ -133,3 +133,17 @@ def test_a_completed_call_that_was_tried_again_is_left_out_counted_and_not_a_nex
 )
 def test_a_retry_supersedes_the_try_before_it_and_no_other_call(calls: list[Span], unseen: set[int]) -> None:
     assert superseded(calls) == unseen
+
+
+def test_only_the_chosen_roles_become_transitions() -> None:
+    spans = [
+        span("r", generation([1], [2]), role="writer"),
+        span("r", generation([1], [3]), role="checker"),
+        span("r", generation([1], [4])),
+    ]
+    left_out = LeftOut()
+    [rollout] = trainable_rollouts(
+        [recorded("r", spans, reward())], Terms(POLICY, 100, roles=("writer", "rewriter")), left_out
+    )
+    assert [each.role for each in rollout.transitions] == ["writer"]
+    assert left_out.calls == {Reason.OTHER_ROLE: 2}
