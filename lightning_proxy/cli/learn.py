@@ -112,7 +112,7 @@ def _one_pass(settings: Settings, as_json: bool, *, dry_run: bool, require_updat
     with open_store(settings) as store, _progress() as progress:
         report = train_once(settings, store=store, progress=progress, dry_run=dry_run)
     _print_report(report, as_json)
-    if report.outcome is Outcome.REJECTED:
+    if report.outcome in (Outcome.REJECTED, Outcome.GUARDED):
         return 1
     idle = report.outcome in (Outcome.NOTHING, Outcome.STAGED_ONLY)
     return NO_UPDATE if idle and require_update else 0

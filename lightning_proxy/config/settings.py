@@ -198,12 +198,45 @@ class TrainSettings(_Table):
         default=Path("lightning-runs"),
         description="Where checkpoints are written; the engine must be able to read it.",
     )
+    roles: tuple[str, ...] = Field(
+        default=(), description="Roles whose calls are trained on; none named: all, and calls without one."
+    )
     estimator: str = Field(default="grpo", description="Advantage estimator, by verl's name.")
     norm_by_std: bool = Field(
         default=True, description="Divide a group's advantages by its standard deviation (GRPO)."
     )
     policy_loss: str = Field(default="vanilla", description="Policy loss, by verl's name.")
-    clip_ratio: float = Field(default=0.2, gt=0, description="PPO clip range.")
+    clip_ratio: float = Field(default=0.2, gt=0, lt=1, description="PPO clip range, downwards and upwards.")
+    clip_ratio_high: float | None = Field(
+        default=None, gt=0, description="PPO clip range upwards, where it differs (DAPO's clip-higher)."
+    )
+    kl_coef: float = Field(
+        default=0.0, ge=0, description="Weight of the divergence from version 0 in the loss; 0 leaves it out."
+    )
+    kl_estimator: Literal["k1", "k2", "k3", "k3+", "abs"] = Field(
+        default="k3+",
+        description="How that divergence is estimated, by verl's names. `k3` is GRPO's; `k3+` has its value "
+        "and the gradient of `k2`, which is the divergence's own.",
+    )
+    entropy_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the policy's entropy in the loss (a bonus); 0 leaves it out.",
+    )
+    importance: Literal["decoupled", "behaviour"] = Field(
+        default="decoupled",
+        description="Off-policy correction. `decoupled`: clipping is about the weights that the update "
+        "starts from, and tokens that other weights (or another precision) sampled are weighed by their "
+        "importance, cut at `importance_cap`. `behaviour`: clipping is about whatever sampled them.",
+    )
+    importance_cap: float = Field(
+        default=2.0, ge=1, description="Largest importance weight of a token (`decoupled`)."
+    )
+    max_version_age: int = Field(
+        default=8,
+        ge=0,
+        description="Calls that weights older than this many versions answered are left out, and counted.",
+    )
     learning_rate: float = Field(default=1e-6, gt=0, description="AdamW's constant learning rate.")
     adam_eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
@@ -263,6 +296,42 @@ class TrainSettings(_Table):
                 "a run could never begin; raise the first or lower the second"
             )
         return self
+
+
+class GuardSettings(_Table):
+    """When a training run stops instead of publishing. Collapse goes one way: better not to begin."""
+
+    max_kl: float = Field(
+        default=0.5,
+        gt=0,
+        description="Largest mean divergence per token (nats) of a step from the weights the run began with. "
+        "Above it the run fails, and what it drained waits for the next.",
+    )
+    max_reward_drop: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Largest loss of mean reward against the best of the last `window` runs, as a share of "
+        "the range of rewards seen, if it is also more than three standard errors. Beyond it nothing is "
+        "trained, what was drained counts as used, and a line says which version was best.",
+    )
+    max_entropy_rise: float = Field(
+        default=5.0,
+        gt=1,
+        description="Largest entropy of the sampled tokens, in multiples of the median of the last `window` "
+        "runs. Beyond it as `max_reward_drop`.",
+    )
+    min_mixed_groups: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Smallest share of groups whose returns differ; below it the run makes no update.",
+    )
+    window: int = Field(default=20, ge=2, description="Runs that are looked back on.")
+    roll_back: bool = Field(
+        default=False,
+        description="After a drop of reward or a rise of entropy, go back to the best version.",
+    )
 
 
 class RoleSettings(_Table):
@@ -352,6 +421,18 @@ class AutomaticRewardSettings(_Table):
     )
 
 
+class ExplorationSettings(_Table):
+    """Rollouts that are sampled at a temperature of ours, for agents that run at 0 and so never explore.
+
+    The first entry whose `role` fits decides. Spans say so (`sampling.explored`); only calls to the
+    trained policy are changed.
+    """
+
+    role: str | None = Field(default=None, description="Role that explores; left out: every role.")
+    temperature: float = Field(default=1.0, gt=0, le=2, description="Temperature in place of the agent's.")
+    share: float = Field(default=1.0, gt=0, le=1, description="Share of rollouts that explore.")
+
+
 class Settings(_Table):
     """All tables of ``lightning.toml``."""
 
@@ -360,10 +441,12 @@ class Settings(_Table):
     policy: PolicySettings = PolicySettings()
     engine: EngineSettings = EngineSettings()
     train: TrainSettings = TrainSettings()
+    guard: GuardSettings = GuardSettings()
     upstreams: tuple[UpstreamSettings, ...] = ()
     automatic_rewards: AutomaticRewardSettings = AutomaticRewardSettings()
     roles: tuple[RoleSettings, ...] = ()
     rewards: tuple[RewardSettings, ...] = ()
+    exploration: tuple[ExplorationSettings, ...] = ()
 
     @field_validator("rewards")
     @classmethod

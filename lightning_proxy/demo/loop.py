@@ -295,7 +295,7 @@ class Turn:
             while time.monotonic() < deadline:
                 self._children.check()
                 for report in self._reports.new():
-                    if report["outcome"] in ("rejected", "staged_only"):
+                    if report["outcome"] in ("rejected", "staged_only", "guarded"):
                         raise DemoFailed(f"no new version took over: {report['message']}", self._reports.path)
                     if report["run_id"] is not None:
                         return report

@@ -12,6 +12,7 @@ Read ``forward.py`` first: one call, from the agent's first byte to its last.
 ``lineage``         what the conversation says of it (no I/O); ``conversation`` is its normal form,
                     ``prompts`` and ``passages`` are for what does not come in messages
 ``roles``           which of several agents it is, by system prompt and tools (no I/O)
+``exploration``     which rollouts are sampled at a temperature of ours (no I/O)
 ``wires``           what each API adds, takes out and records (no I/O)
 ``sse``             server-sent events, incrementally (no I/O)
 ``encoding``        compressed bodies, taken apart for the record (no I/O)

@@ -34,6 +34,7 @@ from .control.rollouts import RolloutRoutes
 from .control.state import StateRoutes
 from .engine import Engine
 from .engine_process import EngineProcess
+from .exploration import Exploration
 from .forward import Forwarder
 from .hold import Hold
 from .keys import Attributor
@@ -170,6 +171,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         metrics=metrics,
         tasks=tasks,
         hold_timeout_s=proxy.hold_timeout_s,
+        exploration=Exploration(settings.exploration),
     )
     _watch(metrics, hold, writer, lambda: switch.version_of(settings.policy.name))
     return Parts(

@@ -40,6 +40,7 @@ class Engine:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._is_vllm: bool | None = None
         self._keeps_inline_system: bool | None = None
+        self._tells_processed: bool | None = None
         self.responses = ResponsesProbe(self._base, key)
 
     async def is_vllm(self, headers: Mapping[str, str] = MappingProxyType({})) -> bool | None:
@@ -81,6 +82,39 @@ class Engine:
             except (EngineUnreachable, EngineRefused):
                 return None
         return self._keeps_inline_system
+
+    async def tells_processed_logprobs(
+        self, model: object, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> bool | None:
+        """Whether its logprobs are those after temperature and cuts; ``None`` while it is not known.
+
+        vLLM's ``--logprobs-mode``: ``raw_logprobs`` (the default) or ``processed_logprobs``. Two tokens'
+        logprobs differ by the same at every temperature where they are raw, by twice as much at half
+        the temperature where they are processed.
+        """
+        if self._tells_processed is None and isinstance(model, str):
+            try:
+                plain, sharper = [await self._gap(model, at, headers) for at in (1.0, 0.5)]
+            except _BadRequest:
+                self._tells_processed = False
+            except (EngineUnreachable, EngineRefused):
+                return None
+            else:
+                self._tells_processed = sharper > 1.5 * plain > 0
+        return self._tells_processed
+
+    async def _gap(self, model: str, temperature: float, headers: Mapping[str, str]) -> float:
+        """By how much the logprobs of the two likeliest tokens after a fixed prompt differ."""
+        request = {"model": model, "prompt": "1", "max_tokens": 1, "logprobs": 2, "temperature": temperature,
+                   "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0}  # fmt: skip
+        answer = await self._call(
+            "POST", f"{self._base}/completions", json=request, timeout=_QUICK, headers=_key_in(headers)
+        )
+        try:
+            first, second = sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values())[-2:]
+            return float(second) - float(first)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise EngineRefused(f"the engine told no logprobs of its likeliest tokens: {error!r}") from error
 
     async def healthy(self) -> bool:
         """Whether the engine answers at all."""

@@ -23,6 +23,7 @@ from .attribution import SplitPath, split_path
 from .call import Call, parse_request
 from .encoded import EncodedAnswer
 from .encoding import decoded
+from .exploration import EXPLORED, Exploration, explored
 from .hold import Hold
 from .keys import Attributor
 from .metrics import Metrics
@@ -35,7 +36,7 @@ from .upstream import Upstream, read_out, reset_at_the_end, response_headers
 from .upstreams import Endpoint, Upstreams
 from .websocket import WebSockets, is_upgrade
 from .wires import Wire, wire_for
-from .wires.base import Json, Untranslatable
+from .wires.base import Json, Prepared, Untranslatable, shaped
 
 log = logging.getLogger(__name__)
 _SMALL_BODY = 2**20  # bytes
@@ -70,6 +71,7 @@ class Forwarder:
         metrics: Metrics,
         tasks: Tasks,
         hold_timeout_s: float,
+        exploration: Exploration | None = None,
     ) -> None:
         self._upstreams = upstreams
         self._hold = hold
@@ -80,6 +82,7 @@ class Forwarder:
         self._tasks = tasks
         self._websockets = WebSockets(upstreams.main.upstream, metrics, tasks)
         self._hold_timeout_s = hold_timeout_s
+        self._exploration = exploration or Exploration()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Forward one request."""
@@ -213,15 +216,20 @@ class Forwarder:
         endpoint: Endpoint,
         headers: Mapping[str, str],
     ) -> Call:
-        # An encoded body goes on as it came, for not every engine decodes: so nothing can be asked for.
-        may_ask = bool(received.request) and received.plain is received.body
-        tokens = may_ask and await endpoint.gives_tokens(headers)
-        if tokens:
-            wire = await endpoint.informed(wire, received.request, headers)
-        prepared = wire.prepare(received.body, received.request, tokens=tokens)
         policy, version = None, None
         if endpoint is self._upstreams.main:
             policy, version = self._switch.policy_of(received.request.get("model"))
+        attribution = await self._attributor.attribute(
+            split.attribution,
+            request.headers,
+            wire=wire.name,
+            request=received.request,
+            body=received.plain,
+        )
+        temperature = None
+        if policy is not None:
+            temperature = self._exploration.temperature(attribution.rollout_id, attribution.role)
+        prepared = await self._prepare(wire, received, endpoint, headers, temperature)
         return Call(
             wire=wire,
             body=received.plain,
@@ -229,16 +237,34 @@ class Forwarder:
             prepared=prepared,
             altered=prepared.body is not received.body or prepared.path is not None,
             secrets=secrets_of(request.headers, endpoint.upstream.key),
-            attribution=await self._attributor.attribute(
-                split.attribution,
-                request.headers,
-                wire=wire.name,
-                request=received.request,
-                body=received.plain,
-            ),
+            attribution=attribution,
             policy=policy,
             policy_version=version,
         )
+
+    async def _prepare(
+        self,
+        wire: Wire,
+        received: _Received,
+        endpoint: Endpoint,
+        headers: Mapping[str, str],
+        temperature: float | None,
+    ) -> Prepared:
+        """The call as it goes to the engine. ``temperature``: in place of the agent's."""
+        body, asked = received.body, received.request
+        # An encoded body goes on as it came, for not every engine decodes: so nothing can be changed.
+        changeable = bool(asked) and received.plain is body
+        if temperature is not None and changeable:
+            body, asked = explored(body, asked, temperature)
+        tokens = changeable and await endpoint.gives_tokens(headers)
+        if tokens:
+            wire = await endpoint.informed(wire, asked, headers)
+        prepared = wire.prepare(body, asked, tokens=tokens)
+        if asked is not received.request:
+            prepared.sampling[EXPLORED] = True
+        if tokens and shaped(prepared.sampling):
+            await endpoint.note_logprobs_mode(prepared.sampling, asked, headers)
+        return prepared
 
     async def _relay(
         self, request: web.Request, answer: aiohttp.ClientResponse, call: Call

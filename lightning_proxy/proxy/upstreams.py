@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from lightning_proxy.config import UpstreamSettings
 from lightning_proxy.errors import ConfigError
@@ -46,6 +47,13 @@ class Endpoint:
         if isinstance(wire, MessagesWire) and has_inline_system(request):
             return MessagesWire(await self.engine.keeps_inline_system(request.get("model"), headers))
         return wire
+
+    async def note_logprobs_mode(
+        self, sampling: dict[str, Any], request: Json, headers: Mapping[str, str]
+    ) -> None:
+        """Add to a call's sampling parameters, that its logprobs will be those of what it is sampled from."""
+        if await self.engine.tells_processed_logprobs(request.get("model"), headers):
+            sampling["logprobs_mode"] = "processed_logprobs"
 
     async def _responses(self, request: Json, headers: Mapping[str, str]) -> ResponsesWire:
         probe, model = self.engine.responses, request.get("model")

@@ -10,6 +10,8 @@ the data goes:
 ``credit``        what each transition is credited with of its rollout's return
 ``advantages``    credit relative to the group, once per rollout
 ``trajectories``  transitions that extend one another, merged into one row by their token ids
+``drift``         how prompts go on from what was generated before, counted
+``sampling``      what a response was really sampled from
 ``batches``       rows as packed arrays; weights; mini-batches and micro-batches
 ``backend/``      the update itself: the only place that imports verl, torch and ray
 ``guard``         refuses an update that must not be published

@@ -21,9 +21,9 @@ Returns = NDArray[np.float64]
 
 
 class AdvantageEstimator(Protocol):
-    """Advantages of ``R`` rollouts from their credits, given the group of each."""
+    """Advantages of ``R`` rollouts from their credits, given the group and the trained tokens of each."""
 
-    def __call__(self, credits_R: Returns, groups_R: Sequence[int]) -> Returns:
+    def __call__(self, credits_R: Returns, groups_R: Sequence[int], lengths_R: Sequence[int]) -> Returns:
         """One finite advantage per rollout."""
 
 
@@ -37,7 +37,8 @@ def assign(
     """
     rollouts = [replace(rollout, transitions=credit(rollout)) for members in groups for rollout in members]
     groups_R = [number for number, members in enumerate(groups) for _ in members]
-    advantages_R = estimator(np.array([rollout.value for rollout in rollouts]), groups_R)
+    lengths_R = [rollout.trained_tokens for rollout in rollouts]
+    advantages_R = estimator(np.array([rollout.value for rollout in rollouts]), groups_R, lengths_R)
     if not np.isfinite(advantages_R).all():
         raise TrainingError("the advantage estimator gave a value that is not finite")
     return [

@@ -22,6 +22,7 @@ class Grouping:
     groups: tuple[tuple[TrainableRollout, ...], ...]
     for_later: tuple[str, ...]
     keys: Mapping[str, str] = field(default_factory=dict)
+    all_equal: int = 0  # groups left out because their returns do not differ
 
     @property
     def trained(self) -> list[TrainableRollout]:
@@ -51,6 +52,7 @@ def form_groups(
     kept: list[tuple[TrainableRollout, ...]] = []
     for_later: list[str] = []
     keys: dict[str, str] = {}
+    all_equal = 0
     for group, group_members in members.items():
         everyone = (*group_members, *_baseline(group_members, present))
         if len(everyone) < min_size:
@@ -60,10 +62,11 @@ def form_groups(
                 continue
         elif len({rollout.value for rollout in everyone}) == 1:
             left_out.rollouts[Reason.GROUP_ALL_EQUAL] += len(group_members)
+            all_equal += 1
         else:
             kept.append(everyone)
         keys |= {rollout.rollout_id: f"{group.method}:{group.key}" for rollout in group_members}
-    return Grouping(tuple(kept), tuple(for_later), keys)
+    return Grouping(tuple(kept), tuple(for_later), keys, all_equal)
 
 
 def _baseline(members: Iterable[TrainableRollout], present: Container[str]) -> list[TrainableRollout]:

@@ -1,15 +1,114 @@
-"""Refuses an update that must not be published."""
+"""Stops a run that must not be published.
+
+Collapse goes one way: a policy whose rollouts all end alike has no gradient back.
+
+``collapse`` looks at what was drained, before the update: where that shows a policy that gets worse, it
+counts as used. ``check_steps`` and ``check_probe`` look at what the update did: where that was at fault
+they raise, and what was drained waits for a better one.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
+from lightning_proxy.config.settings import GuardSettings
 from lightning_proxy.errors import CheckpointInvalid
 
+_STANDARD_ERRORS = 3
+_WAY_BACK = "`lightning-proxy policies rollback --to {}` goes back"
 
-def check_steps(steps: Sequence[Mapping[str, float]]) -> None:
-    """Raise ``CheckpointInvalid`` where a step's loss or gradient was not finite."""
+
+@dataclass(frozen=True, slots=True)
+class Collapse:
+    """Why nothing is to be trained on what was drained; ``best`` is the version to go back to, if any."""
+
+    message: str
+    best: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a run saw of the version that it began with."""
+
+    version: int
+    rewards: Mapping[str, float]  # mean, std, min, max, count of the returns
+    entropy: float | None = None
+
+    @classmethod
+    def at(cls, report: Mapping[str, Any]) -> Look | None:
+        """What a report of an earlier run says; ``None`` where that run saw too little."""
+        rewards, parent = report.get("rewards"), report.get("parent")
+        if not rewards or parent is None:
+            return None
+        return cls(int(parent), rewards, report.get("entropy"))
+
+
+def collapse(
+    now: Look, before: Sequence[Look], settings: GuardSettings, *, mixed: int, equal: int
+) -> Collapse | None:
+    """What speaks against an update, if anything does; ``mixed`` and ``equal`` are numbers of groups."""
+    return (
+        _drop(now, before, settings)
+        or _noise(now, before, settings)
+        or _agreement(mixed, mixed + equal, settings.min_mixed_groups)
+    )
+
+
+def best_of(looks: Sequence[Look]) -> Look | None:
+    """The look with the highest mean reward, the latest of equals."""
+    return max(reversed(looks), key=lambda look: look.rewards["mean"], default=None)
+
+
+def _drop(now: Look, before: Sequence[Look], settings: GuardSettings) -> Collapse | None:
+    """A drop counts where it is larger than ``max_reward_drop`` of the range of all returns seen, and more
+    than three standard errors of the two means, so that a few unlucky rollouts are no collapse.
+    """
+    best = best_of(before)
+    if best is None:
+        return None
+    seen = [now, *before]
+    spread = max(look.rewards["max"] for look in seen) - min(look.rewards["min"] for look in seen)
+    drop = best.rewards["mean"] - now.rewards["mean"]
+    error = math.sqrt(_squared_error(best) + _squared_error(now))
+    if drop <= max(settings.max_reward_drop * spread, _STANDARD_ERRORS * error):
+        return None
+    return Collapse(
+        f"mean reward fell from {best.rewards['mean']:.3g} (version {best.version}) to "
+        f"{now.rewards['mean']:.3g} (version {now.version}), by more than [guard] max_reward_drop = "
+        f"{settings.max_reward_drop:g} of the range of rewards; {_WAY_BACK.format(best.version)}",
+        best.version,
+    )
+
+
+def _noise(now: Look, before: Sequence[Look], settings: GuardSettings) -> Collapse | None:
+    entropies = [look.entropy for look in before if look.entropy]
+    best = best_of(before)
+    if best is None or now.entropy is None or not entropies:
+        return None
+    if now.entropy <= settings.max_entropy_rise * median(entropies):
+        return None
+    return Collapse(
+        f"the entropy of version {now.version} is {now.entropy:.3g} nats a token, more than [guard] "
+        f"max_entropy_rise = {settings.max_entropy_rise:g} times the {median(entropies):.3g} of the runs "
+        f"before; {_WAY_BACK.format(best.version)}",
+        best.version,
+    )
+
+
+def _agreement(mixed: int, groups: int, least: float) -> Collapse | None:
+    if not groups or mixed / groups >= least:
+        return None
+    return Collapse(
+        f"returns differ in {mixed} of {groups} groups: less than [guard] min_mixed_groups = {least:g}"
+    )
+
+
+def check_steps(steps: Sequence[Mapping[str, float]], settings: GuardSettings) -> None:
+    """Raise ``CheckpointInvalid`` where a step's loss or gradient was not finite, or went too far."""
     for number, metrics in enumerate(steps, start=1):
         for name in ("pg_loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
@@ -17,9 +116,20 @@ def check_steps(steps: Sequence[Mapping[str, float]]) -> None:
                     f"{name} was {metrics[name]} in step {number} of {len(steps)}: nothing is published. "
                     "Lower [train] learning_rate, or look for broken logprobs among the drained spans"
                 )
+        if metrics["kl"] > settings.max_kl:
+            raise CheckpointInvalid(
+                f"by step {number} of {len(steps)} the policy had moved {metrics['kl']:.3g} nats a token, "
+                f"more than [guard] max_kl = {settings.max_kl:g}: nothing is published. Lower learning_rate "
+                "or epochs"
+            )
 
 
 def check_probe(logprobs: Sequence[float]) -> None:
     """Raise ``CheckpointInvalid`` where the new weights give the fixed prompt no finite logprobs."""
     if not all(map(math.isfinite, logprobs)):
         raise CheckpointInvalid("the new weights give logprobs that are not finite: nothing is published")
+
+
+def _squared_error(look: Look) -> float:
+    """Of the mean."""
+    return look.rewards["std"] ** 2 / max(look.rewards["count"], 1)

@@ -104,9 +104,26 @@ def promote(
     Raises ``PublishFailed`` where it does not answer or says no. Whether the version is then still
     staged or rejected, the store tells.
     """
-    url = f"{proxy_url.rstrip('/')}/api/policies/{quote(policy, safe='')}/versions/{version}/promote"
+    return _post(proxy_url, f"{_of(policy)}/versions/{version}/promote", {}, token, timeout_s)
+
+
+def roll_back(
+    proxy_url: str, policy: str, version: int, *, token: str | None, timeout_s: float
+) -> Mapping[str, Any]:
+    """Have the proxy go back to a version that has served; raises as ``promote``."""
+    return _post(proxy_url, f"{_of(policy)}/rollback", {"version": version}, token, timeout_s)
+
+
+def _of(policy: str) -> str:
+    return f"/api/policies/{quote(policy, safe='')}"
+
+
+def _post(
+    proxy_url: str, path: str, body: Mapping[str, Any], token: str | None, timeout_s: float
+) -> Mapping[str, Any]:
+    url = f"{proxy_url.rstrip('/')}{path}"
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    request = urllib.request.Request(url, data=b"{}", headers=headers, method="POST")
+    request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers, method="POST")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ours is named outright
     try:
         with opener.open(request, timeout=timeout_s) as response:
@@ -118,13 +135,22 @@ def promote(
         raise PublishFailed(f"no answer from the proxy at {proxy_url}: {error}") from error
 
 
-def clear_away(settings: TrainSettings, policy: str, versions: Sequence[PolicyVersion]) -> list[int]:
-    """Delete the checkpoints of all but the newest ``keep_versions`` versions that do not serve.
+def clear_away(
+    settings: TrainSettings,
+    policy: str,
+    versions: Sequence[PolicyVersion],
+    *,
+    keep: frozenset[int] = frozenset(),
+) -> list[int]:
+    """Delete checkpoints of versions that do not serve, but for the newest ``keep_versions`` and ``keep``.
 
     Only directories that this trainer wrote, and never one of a version that serves or waits.
     """
     done = (VersionStatus.RETIRED, VersionStatus.REJECTED)
-    old = sorted((each for each in versions if each.status in done), key=lambda each: -each.version)
+    old = sorted(
+        (each for each in versions if each.status in done and each.version not in keep),
+        key=lambda each: -each.version,
+    )
     cleared = []
     for version in old[settings.keep_versions :]:
         directory = version_directory(settings, policy, version.version)

@@ -18,6 +18,7 @@ class Outcome(StrEnum):
     NOTHING = "nothing"  # nothing to train on; no version was made
     STAGED_ONLY = "staged_only"  # a version waits for the proxy; the next pass promotes it first
     REJECTED = "rejected"  # the engine did not take the version; what was drained is given back
+    GUARDED = "guarded"  # the guard saw a policy that gets worse: nothing trained, what was drained is used
     DRY_RUN = "dry_run"  # only looked
 
 
@@ -45,11 +46,15 @@ class TrainReport:
     left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     grouped_by: Mapping[str, int] = field(default_factory=dict)  # method -> rollouts
     policy_versions: Mapping[str, int] = field(default_factory=dict)  # version that sampled -> transitions
+    drift: Mapping[str, int] = field(default_factory=dict)  # calls by how they go on from earlier ones
     reward_mean: float | None = None  # of all rollouts drained that have one
     automatic: Mapping[str, int] = field(default_factory=dict)  # rollouts judged, rewards entered, failed
+    # mean, std, min, max and count of the returns of what the parent version made, trained on or not
+    rewards: Mapping[str, float] | None = None
     advantages: Mapping[str, float] | None = None  # mean, std, min, max over the rollouts trained on
     metrics: Mapping[str, Any] = field(default_factory=dict)
     logprob_difference: Mapping[str, float] | None = None
+    entropy: float | None = None  # mean of -logprob of the trained tokens: estimates it, in nats
     optimizer: str | None = None  # "carried over", or why it began anew
     promotion: Mapping[str, Any] | None = None  # the proxy's answer
     seconds: Mapping[str, float] = field(default_factory=dict)  # per phase

@@ -40,16 +40,18 @@ def train_once(
         parent = this.starting_version()
         with Lease(store, this.policy, settings.train.lease_s) as lease, own_or(warm) as engine:
             recorded = this.drain(lease)
-            batch = this.prepare(recorded)
+            batch = this.prepare(recorded, parent)
             store.give_back(lease.run_id, batch.for_later)
+            if (collapse := this.collapse(batch, parent)) is not None:
+                return this.stop(lease, batch, collapse)
             if not batch.rows:
                 return this.commit_nothing(lease, batch)
             backend = this.open(engine, parent)
-            this.compare(backend, batch, parent)
+            rows = this.refer(backend, this.compare(backend, batch, parent), parent)
             lease.check()
-            this.update(backend, batch.rows, parent)
+            this.update(backend, rows, parent)
             lease.check()
-            version = this.export(backend, engine, batch.rows, parent)
+            version = this.export(backend, engine, rows, parent)
             report = this.report(Outcome.STAGED_ONLY).as_dict()
             store.commit_run(lease.run_id, report=report, version=version, groups=batch.groups)
             engine.now_at(version.version)

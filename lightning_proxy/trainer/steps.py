@@ -23,16 +23,20 @@ from lightning_proxy.store import (
 from lightning_proxy.trainer import guard
 from lightning_proxy.trainer.advantages import assign
 from lightning_proxy.trainer.automatic import AutomaticRewards
-from lightning_proxy.trainer.backend import Backend, estimator
-from lightning_proxy.trainer.batches import Rows, pack, split_mini_batches, weigh
+from lightning_proxy.trainer.backend import Backend, estimator, open_backend
+from lightning_proxy.trainer.batches import Floats, Rows, pack, split_mini_batches, weigh
 from lightning_proxy.trainer.credit import identical
+from lightning_proxy.trainer.drift import drifts
 from lightning_proxy.trainer.groups import Grouping, form_groups
+from lightning_proxy.trainer.guard import Collapse, Look
 from lightning_proxy.trainer.lease import Lease
-from lightning_proxy.trainer.publish import clear_away, promote, version_directory, write_version
+from lightning_proxy.trainer.publish import clear_away, promote, roll_back, version_directory, write_version
 from lightning_proxy.trainer.report import Outcome, Stopwatch, TrainReport
+from lightning_proxy.trainer.sampling import engine_defaults
 from lightning_proxy.trainer.trajectories import Trajectory, merge
 from lightning_proxy.trainer.transitions import (
     LeftOut,
+    Terms,
     TrainableRollout,
     trainable_rollouts,
 )
@@ -82,7 +86,7 @@ class Pass:
     def preview(self) -> TrainReport:
         """What a pass would train on; nothing is taken, and verl is not loaded."""
         recorded = self.store.preview(self.policy, self.settings.train.max_rollouts)
-        left_out, grouping = self._transitions_in_groups(recorded)
+        left_out, grouping = self._transitions_in_groups(recorded, self.store.active_version(self.policy))
         rollouts = grouping.trained
         trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
         self._count(rollouts, trajectories, left_out, grouping)
@@ -155,10 +159,10 @@ class Pass:
         self.progress(f"drained {len(recorded)} rewarded rollouts")
         return recorded
 
-    def prepare(self, recorded: Sequence[RecordedRollout]) -> Batch:
+    def prepare(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion) -> Batch:
         """Transitions, groups, advantages, trajectories, rows."""
         with self.clock.phase("prepare"):
-            left_out, grouping = self._transitions_in_groups(recorded)
+            left_out, grouping = self._transitions_in_groups(recorded, parent)
         rollouts = grouping.trained
         if grouping.groups:
             with self.clock.phase("load"):  # the estimator is verl's: this imports it
@@ -177,6 +181,45 @@ class Pass:
         self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=batch.groups)
         return report
 
+    def collapse(self, batch: Batch, parent: PolicyVersion) -> Collapse | None:
+        """What the drained rollouts say against an update, if anything (``guard``)."""
+        rewards = self._report.rewards
+        if rewards is None:
+            return None
+        entropy = None if batch.rows is None else batch.rows.entropy_of(parent.version)
+        self._update(entropy=entropy)
+        counts = self._report.counts
+        return guard.collapse(
+            Look(parent.version, rewards, entropy),
+            self._looks(),
+            self.settings.guard,
+            mixed=counts["groups"],
+            equal=counts["groups_all_equal"],
+        )
+
+    def _looks(self) -> list[Look]:
+        """What earlier runs saw, oldest first."""
+        runs = self.store.list_runs(self.policy, limit=self.settings.guard.window)
+        looks = [Look.at(run.report) for run in reversed(runs) if run.state is RunState.COMMITTED]
+        return [look for look in looks if look is not None]
+
+    def stop(self, lease: Lease, batch: Batch, found: Collapse) -> TrainReport:
+        """Consume what was drained without an update; go back to the best version where that is wanted."""
+        report = self.report(Outcome.GUARDED, f"nothing is trained: {found.message}")
+        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=batch.groups)
+        self.progress(report.message)
+        if found.best is None or not self.settings.guard.roll_back or found.best == report.parent:
+            return report
+        url, token = self.settings.train.proxy_url, self.settings.proxy.token
+        try:
+            roll_back(url, self.policy, found.best, token=token, timeout_s=self._promote_timeout_s())
+        except PublishFailed as error:
+            return self.report(Outcome.GUARDED, f"{report.message}; that failed: {error}")
+        return self.report(Outcome.GUARDED, f"{report.message}; version {found.best} serves again")
+
+    def _promote_timeout_s(self) -> float:
+        return self.settings.proxy.hold_timeout_s + _PROMOTE_MARGIN_S
+
     def open(self, engine: WarmBackend, parent: PolicyVersion) -> Backend:
         """The update engine on the parent's weights."""
         counts = self._report.counts
@@ -189,19 +232,30 @@ class Pass:
         self._update(optimizer=engine.optimizer)
         return backend
 
-    def compare(self, backend: Backend, batch: Batch, parent: PolicyVersion) -> None:
-        """Engine's against trainer's logprobs, on rows that the parent's weights sampled."""
-        assert batch.rows is not None
-        fresh = [
-            index
-            for index, trajectory in enumerate(batch.trajectories)
-            if all(piece.transition.policy_version == parent.version for piece in trajectory.pieces)
-        ]
-        if not fresh:
-            return
+    def compare(self, backend: Backend, batch: Batch, parent: PolicyVersion) -> Rows:
+        """Engine's against trainer's logprobs, and the rows as the update takes them.
+
+        The difference is taken where the parent's weights sampled: nothing else can explain it. Then old
+        logprobs are completed where the engine told those of the model's own distribution only, and what
+        other weights sampled is weighed (``[train] importance``).
+        """
+        rows = batch.rows
+        assert rows is not None
         with self.clock.phase("compare"):
-            rows = batch.rows.select(np.array(fresh, dtype=np.int64))
-            difference = np.abs(backend.logprobs(rows) - rows.logprobs)[rows.mask]
+            computed = backend.logprobs(rows.as_told())
+            fresh = rows.of_version(parent.version)
+            difference = np.abs(computed - rows.logprobs)[fresh]
+            if rows.raw.any():
+                computed = np.where(rows.raw, backend.logprobs(rows), computed)
+                rows = rows.with_logprobs(np.where(rows.raw, computed, rows.logprobs))
+            if self.settings.train.importance == "decoupled":
+                rows = rows.decoupled(computed, self.settings.train.importance_cap)
+        self._note_difference(difference, parent)
+        return rows
+
+    def _note_difference(self, difference: Floats, parent: PolicyVersion) -> None:
+        if not len(difference):
+            return
         found = {"max": float(difference.max()), "mean": float(difference.mean()), "tokens": len(difference)}
         self._update(logprob_difference=found)
         self.progress(f"engine's and trainer's logprobs differ by at most {found['max']:.2g}")
@@ -209,6 +263,25 @@ class Pass:
             self.progress(
                 f"  that is too much for the same weights: does the engine serve version {parent.version}?"
             )
+
+    def refer(self, backend: Backend, rows: Rows, parent: PolicyVersion) -> Rows:
+        """The rows with the logprobs of version 0, where the loss keeps the policy near to it."""
+        if not self.settings.train.kl_coef:
+            return rows
+        base = self.store.get_version(self.policy, 0)
+        with self.clock.phase("reference"):
+            if base.version == parent.version:
+                return rows.with_reference(backend.logprobs(rows))
+            if not Path(base.path).is_dir():
+                raise TrainingError(
+                    f"[train] kl_coef needs the weights of version 0, which are gone from {base.path}"
+                )
+            self.progress("computing the logprobs of version 0")
+            reference = open_backend(self.settings.train, Path(base.path))
+            try:
+                return rows.with_reference(reference.logprobs(rows))
+            finally:
+                reference.close()
 
     def update(self, backend: Backend, rows: Rows, parent: PolicyVersion) -> None:
         """All epochs over all mini-batches; ``CheckpointInvalid`` where a step was not finite."""
@@ -229,7 +302,7 @@ class Pass:
             f"{len(steps)} steps: loss {means['pg_loss']:.4g}, gradient norm {means['grad_norm']:.4g}, "
             f"clipped {means['clip_frac']:.2%}"
         )
-        guard.check_steps(steps)
+        guard.check_steps(steps, self.settings.guard)
 
     def export(
         self, backend: Backend, engine: WarmBackend, rows: Rows, parent: PolicyVersion
@@ -238,7 +311,7 @@ class Pass:
         number = self.store.next_version(self.policy)
         assert engine.lineage is not None  # the engine is open
         with self.clock.phase("export"):
-            probe_rows = _first_tokens(rows, _PROBE_TOKENS)
+            probe_rows = rows.first_tokens(_PROBE_TOKENS)
             logprobs = [float(value) for value in backend.logprobs(probe_rows)[1:]]
             guard.check_probe(logprobs)
             path = write_version(
@@ -269,7 +342,7 @@ class Pass:
                     self.policy,
                     version,
                     token=settings.proxy.token,
-                    timeout_s=settings.proxy.hold_timeout_s + _PROMOTE_MARGIN_S,
+                    timeout_s=self._promote_timeout_s(),
                 )
                 self._update(promotion=dict(answer))
             except PublishFailed as error:
@@ -283,21 +356,35 @@ class Pass:
             self._say(f"version {version} is staged, the next `lightning-proxy train` promotes it: {failure}")
             return Outcome.STAGED_ONLY
         self._say(f"version {version} serves")
-        clear_away(settings.train, self.policy, self.store.list_versions(self.policy))
+        best = guard.best_of(self._looks())
+        keep = frozenset() if best is None else frozenset((best.version,))
+        clear_away(settings.train, self.policy, self.store.list_versions(self.policy), keep=keep)
         return Outcome.TRAINED
 
-    def _transitions_in_groups(self, recorded: Sequence[RecordedRollout]) -> tuple[LeftOut, Grouping]:
+    def _transitions_in_groups(
+        self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None
+    ) -> tuple[LeftOut, Grouping]:
         train = self.settings.train
         values = [each.value for each in recorded if each.value is not None]
         self._update(reward_mean=float(np.mean(values)) if values else None)
         left_out = LeftOut()
-        rollouts = trainable_rollouts(
-            recorded, policy=self.policy, max_tokens=train.max_row_tokens, left_out=left_out
-        )
+        rollouts = trainable_rollouts(recorded, self._terms(parent), left_out)
+        self._update(rewards=_spread([each.value for each in rollouts if _made_by(each, parent)]))
         # A full drain must not be blocked for ever by groups that never grow.
         may_wait = len(recorded) < train.max_rollouts
         grouping = form_groups(rollouts, min_size=train.min_group_size, may_wait=may_wait, left_out=left_out)
         return left_out, grouping
+
+    def _terms(self, parent: PolicyVersion | None) -> Terms:
+        model = self.settings.policy.model if parent is None else Path(parent.path)
+        return Terms(
+            self.policy,
+            self.settings.train.max_row_tokens,
+            roles=self.settings.train.roles,
+            version=None if parent is None else parent.version,
+            oldest_version=0 if parent is None else parent.version - self.settings.train.max_version_age,
+            sampling_defaults=engine_defaults(model),
+        )
 
     def _count(
         self,
@@ -313,6 +400,7 @@ class Pass:
             counts={
                 "rollouts": len(rollouts),
                 "groups": len({first.group for first in firsts}),
+                "groups_all_equal": grouping.all_equal,
                 "transitions": len(transitions),
                 "rows": len(trajectories),
                 "tokens": sum(len(row.token_ids) for row in trajectories),
@@ -322,6 +410,7 @@ class Pass:
                 "baseline_only": sum(len(members) for members in grouping.groups) - len(rollouts),
             },
             left_out=left_out.as_dict(),
+            drift={str(kind): number for kind, number in drifts(transitions).items()},
             grouped_by=dict(Counter(first.group.method for first in firsts if first.group is not None)),
             policy_versions=dict(Counter(str(transition.policy_version) for transition in transitions)),
             advantages=None
@@ -354,16 +443,19 @@ class Pass:
         self._report = replace(self._report, **values)
 
 
-def _first_tokens(rows: Rows, count: int) -> Rows:
-    """The beginning of the first row, alone."""
-    first = rows.select(np.array([0], dtype=np.int64))
-    end = min(count, len(first.tokens))
-    return Rows(
-        tokens=first.tokens[:end],
-        mask=first.mask[:end],
-        logprobs=first.logprobs[:end],
-        advantages=first.advantages[:end],
-        weights=first.weights[:end],
-        offsets=np.array([0, end], dtype=np.int64),
-        rollouts=first.rollouts,
-    )
+def _made_by(rollout: TrainableRollout, parent: PolicyVersion | None) -> bool:
+    return parent is not None and all(each.policy_version == parent.version for each in rollout.transitions)
+
+
+def _spread(values: Sequence[float]) -> Mapping[str, float] | None:
+    """Mean, standard deviation and so on; ``None`` where there are too few values for that."""
+    if len(values) < 2:
+        return None
+    found = np.array(values)
+    return {
+        "mean": float(found.mean()),
+        "std": float(found.std(ddof=1)),
+        "min": float(found.min()),
+        "max": float(found.max()),
+        "count": len(values),
+    }

@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from lightning_proxy.store import Companion, Fidelity, Generation, RecordedRollout, Span
+from lightning_proxy.trainer.sampling import (
+    LOGPROBS_MODE,
+    PLAIN,
+    PROCESSED,
+    Sampling,
+    Unknowable,
+    sampling_of,
+)
 
 
 class Reason(StrEnum):
@@ -23,9 +32,17 @@ class Reason(StrEnum):
     ERROR = "error"  # calls that ended in an error
     SUPERSEDED = "superseded"  # calls whose answer the agent's SDK did not get, and tried again
     OTHER_POLICY = "other_policy"  # calls to another model
+    OTHER_ROLE = "other_role"  # calls of a role that is not to be trained
     NOT_EXACT = "not_exact"  # calls without the engine's own token ids
     NO_LOGPROBS = "no_logprobs"  # generations without a finite logprob for every token
     EMPTY = "empty"  # generations without a token, or with an empty prompt
+    GREEDY = "greedy"  # calls at temperature 0: nothing was sampled, so nothing is learnt from the choice
+    PENALISED = "penalised"  # calls with penalties or biases: the distribution cannot be computed again
+    CONSTRAINED = "constrained"  # calls whose tokens a grammar chose among (forced tools, formats)
+    MALFORMED_SAMPLING = "malformed_sampling"  # calls with a sampling parameter that is no number
+    UNKNOWN_LOGPROBS = "unknown_logprobs"  # calls sampled at another temperature, or cut, by an earlier
+    # version, of which the engine told the logprobs of the model's own distribution
+    TOO_OLD = "too_old"  # calls that weights of more than max_version_age versions ago answered
     TOO_LONG = "too_long"  # generations whose prompt and response exceed max_row_tokens
 
 
@@ -50,14 +67,24 @@ class Transition:
     span_id: int | None
     choice: int
     role: str | None
-    policy_version: int | None
+    policy_version: int | None  # when the call was sent
     prompt_ids: array[int]
     response_ids: array[int]
     logprobs: array[float]  # the engine's own, one per response token
+    sampling: Sampling = PLAIN  # the distribution that the response was sampled from
+    # The logprobs are those of the model's own distribution, though it was sampled from another.
+    logprobs_are_raw: bool = False
+    policy_version_end: int | None = None  # when its last token was made
     next_prompt_ids: array[int] | None = None
     group: Group | None = None
     credit: float | None = None
     advantage: float | None = None
+
+    @property
+    def sampled_by(self) -> int:
+        """The one version whose weights sampled the response; -1 where that is not known or not one."""
+        one = self.policy_version is not None and self.policy_version == self.policy_version_end
+        return self.policy_version if one and self.policy_version is not None else -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +103,11 @@ class TrainableRollout:
     companions: tuple[Companion, ...] = ()  # where again: its former group's returns
     baseline_only: bool = False
 
+    @property
+    def trained_tokens(self) -> int:
+        """Number of tokens that the policy generated."""
+        return sum(len(transition.response_ids) for transition in self.transitions)
+
 
 @dataclass(slots=True)
 class LeftOut:
@@ -93,8 +125,20 @@ class LeftOut:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a call must be to be trained on."""
+
+    policy: str
+    max_tokens: int  # of prompt and response together
+    roles: tuple[str, ...] = ()  # none: all
+    version: int | None = None  # whose weights the trainer has: what was sampled from them it can compute
+    oldest_version: int = 0  # what earlier ones sampled is too old
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # see `sampling.engine_defaults`
+
+
 def trainable_rollouts(
-    recorded: Iterable[RecordedRollout], *, policy: str, max_tokens: int, left_out: LeftOut
+    recorded: Iterable[RecordedRollout], terms: Terms, left_out: LeftOut
 ) -> list[TrainableRollout]:
     """The rollouts that can be trained on; each other one, and each call left out, is counted."""
     kept = []
@@ -103,7 +147,7 @@ def trainable_rollouts(
             left_out.rollouts[Reason.INCOMPLETE_ROLLOUT] += 1
         elif each.value is None:
             left_out.rollouts[Reason.NO_REWARD] += 1
-        elif transitions := transitions_of(each, policy=policy, max_tokens=max_tokens, left_out=left_out):
+        elif transitions := transitions_of(each, terms, left_out):
             kept.append(
                 TrainableRollout(
                     each.rollout.rollout_id,
@@ -119,18 +163,27 @@ def trainable_rollouts(
     return kept
 
 
-def transitions_of(
-    recorded: RecordedRollout, *, policy: str, max_tokens: int, left_out: LeftOut
-) -> tuple[Transition, ...]:
+def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -> tuple[Transition, ...]:
     """One transition per generation that the policy made, in order of time."""
     made: list[Transition] = []
     unseen = superseded(recorded.spans)
     for position, span in enumerate(recorded.spans):
-        if reason := Reason.SUPERSEDED if position in unseen else _why_not_span(span, policy):
+        if reason := Reason.SUPERSEDED if position in unseen else _why_not_span(span, terms):
             left_out.calls[reason] += 1
             continue
+        if span.policy_version is not None and span.policy_version < terms.oldest_version:
+            left_out.calls[Reason.TOO_OLD] += 1
+            continue
+        sampling = sampling_of(span.sampling, terms.sampling_defaults)
+        if isinstance(sampling, Unknowable):
+            left_out.calls[Reason(sampling.value)] += 1
+            continue
+        raw = sampling != PLAIN and span.sampling.get(LOGPROBS_MODE) != PROCESSED
+        if raw and not span.policy_version == span.policy_version_end == terms.version:
+            left_out.calls[Reason.UNKNOWN_LOGPROBS] += 1
+            continue
         for choice, generation in enumerate(span.generations):
-            if reason := _why_not_generation(generation, max_tokens):
+            if reason := _why_not_generation(generation, terms.max_tokens):
                 left_out.calls[reason] += 1
                 continue
             made.append(
@@ -144,7 +197,10 @@ def transitions_of(
                     prompt_ids=generation.prompt_token_ids,
                     response_ids=generation.response_token_ids,
                     logprobs=generation.logprobs,
-                    next_prompt_ids=_next_prompt(recorded.spans, position + 1, unseen, policy),
+                    sampling=sampling,
+                    logprobs_are_raw=raw,
+                    policy_version_end=span.policy_version_end,
+                    next_prompt_ids=_next_prompt(recorded.spans, position + 1, unseen, terms.policy),
                 )
             )
     return tuple(made)
@@ -176,11 +232,13 @@ def _likeliest_before(span: Span) -> tuple[int, bool, float]:
     return span.retry, span.error_class is not None, span.ended_at
 
 
-def _why_not_span(span: Span, policy: str) -> Reason | None:
+def _why_not_span(span: Span, terms: Terms) -> Reason | None:
     if span.error_class is not None:
         return Reason.ERROR
-    if span.policy != policy:
+    if span.policy != terms.policy:
         return Reason.OTHER_POLICY
+    if terms.roles and span.role not in terms.roles:
+        return Reason.OTHER_ROLE
     if span.fidelity is not Fidelity.EXACT or not span.generations:
         return Reason.NOT_EXACT
     return None

@@ -12,7 +12,7 @@ import pytest
 from lightning_proxy.proxy.lineage import BY_ID_SURE, ONE_OF_SEVERAL_SURE, WHOLE_SURE
 from lightning_proxy.proxy.roles import fingerprint
 from lightning_proxy.store import Span, Store
-from lightning_proxy.trainer.transitions import LeftOut, Reason, transitions_of
+from lightning_proxy.trainer.transitions import LeftOut, Reason, Terms, transitions_of
 from tests.conftest import MakeProxy, MakeProxyProcess, ProxyThread
 from tests.engine import EngineThread, Script
 from tests.proxy.agents import STYLES, TURNS, Agent, Resend, exact, renamed
@@ -209,7 +209,7 @@ def test_an_answer_that_never_arrived_does_not_fork_the_trajectory(proxy: ProxyT
         store.add_reward(value=1.0, rollout_id=spans[0].rollout_id)
         [each] = store.preview("policy", 10)
     left_out = LeftOut()
-    made = transitions_of(each, policy="policy", max_tokens=10_000, left_out=left_out)
+    made = transitions_of(each, Terms("policy", 10_000), left_out)
     assert [transition.span_id for transition in made] == [spans[1].span_id, spans[2].span_id]
     assert left_out.calls == {Reason.SUPERSEDED: 1}
 

@@ -44,6 +44,13 @@ class FakeProxy:
             {"policy": policy, "version": version, "status": "active", "swap_s": 0.1, "verify_max_diff": 1e-6}
         )
 
+    async def roll_back(self, request: web.Request) -> web.StreamResponse:
+        policy, version = request.match_info["policy"], int((await request.json())["version"])
+        self.asked.append((f"{policy} back", version))
+        with Store.open(self._db) as store:
+            store.activate_version(policy, version)
+        return web.json_response({"policy": policy, "version": version, "status": "active"})
+
 
 @contextmanager
 def fake_proxy(db: Path, mode: Mode = "promotes") -> Iterator[FakeProxy]:
@@ -56,6 +63,7 @@ def fake_proxy(db: Path, mode: Mode = "promotes") -> Iterator[FakeProxy]:
     async def start() -> web.AppRunner:
         app = web.Application()
         app.router.add_post("/api/policies/{policy}/versions/{version}/promote", proxy.promote)
+        app.router.add_post("/api/policies/{policy}/rollback", proxy.roll_back)
         runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -30,10 +30,10 @@ class PaperUpdates(PaperBackend):
 
     def update(self, rows: Rows) -> Mapping[str, float]:
         time.sleep(0.05)
-        return {"pg_loss": 0.0, "grad_norm": 0.0, "clip_frac": 0.0}
+        return {"pg_loss": 0.0, "grad_norm": 0.0, "clip_frac": 0.0, "kl": 0.0}
 
 
-def paper_estimator(credits_R: Returns, groups_R: Sequence[int]) -> Returns:
+def paper_estimator(credits_R: Returns, groups_R: Sequence[int], lengths_R: Sequence[int]) -> Returns:
     """r - mean(group)."""
     groups = np.array(groups_R)
     return np.array([r - credits_R[groups == g].mean() for r, g in zip(credits_R, groups, strict=True)])

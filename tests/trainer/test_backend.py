@@ -7,18 +7,19 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from lightning_proxy.errors import TrainingError
-from lightning_proxy.trainer.backend import Backend, estimator, open_backend
+from lightning_proxy.trainer.backend import Backend, open_backend
 from lightning_proxy.trainer.batches import Rows, pack, weigh
 from lightning_proxy.trainer.checkpoint import validate
 from lightning_proxy.trainer.trajectories import merge
 from lightning_proxy.trainer.transitions import Transition
 from tests.trainer.conftest import recipe
+from tests.trainer.gradients import assert_same_gradients, gradients, worker_of
 
 if TYPE_CHECKING:
     from tests.trainer.plain import PlainModel
@@ -40,10 +41,6 @@ def fresh(tiny_model: Path) -> Iterator[Backend]:
     opened = open_backend(recipe(), tiny_model)
     yield opened
     opened.close()
-
-
-def worker_of(backend: Backend) -> Any:
-    return backend._workers._worker  # type: ignore[attr-defined]
 
 
 def conversations(plain: PlainModel, count: int = 7, seed: int = 0) -> list[list[Transition]]:
@@ -87,46 +84,6 @@ def perturbed(rows: Rows, by: float) -> Rows:
     """Old logprobs as of another policy, so that ratios differ from 1 and some are clipped."""
     noise = np.random.default_rng(1).normal(scale=by, size=len(rows.tokens)).astype(np.float32)
     return replace(rows, logprobs=np.where(rows.mask, rows.logprobs + noise, 0).astype(np.float32))
-
-
-def gradients(backend: Backend, rows: Rows) -> tuple[dict[str, float], dict[str, np.ndarray[Any, Any]]]:
-    worker = worker_of(backend)
-    with worker.engine.train_mode():
-        metrics = worker.accumulate(rows)
-        found = {
-            name: parameter.grad.full_tensor().numpy().copy()
-            for name, parameter in worker.engine.module.named_parameters()
-        }
-    return metrics, found
-
-
-def assert_same_gradients(some: dict[str, Any], others: dict[str, Any]) -> None:
-    assert some.keys() == others.keys()
-    for name in some:
-        np.testing.assert_allclose(np.asarray(some[name]), np.asarray(others[name]), atol=1e-5, err_msg=name)
-
-
-@pytest.mark.parametrize("norm_by_std", [True, False])
-def test_grpo_advantages_are_those_of_the_formula_in_numpy(norm_by_std: bool) -> None:
-    generator = np.random.default_rng(3)
-    groups = np.sort(generator.integers(0, 40, 300))
-    groups = np.array([group for group in groups if (groups == group).sum() > 1])
-    credits_R = generator.normal(size=len(groups))
-    expected = np.zeros_like(credits_R)
-    for group in set(groups):
-        of = credits_R[groups == group]
-        centred = of - of.mean()
-        expected[groups == group] = centred / (of.std(ddof=1) + 1e-6) if norm_by_std else centred
-    found = estimator(recipe(norm_by_std=norm_by_std))(credits_R, groups.tolist())
-    np.testing.assert_allclose(found, expected, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("gae", "needs values of a critic"), ("grop", "verl has .*grpo")]
-)
-def test_an_estimator_that_cannot_be_used_is_named_with_those_that_can(name: str, message: str) -> None:
-    with pytest.raises(TrainingError, match=message):
-        estimator(recipe(estimator=name))
 
 
 @pytest.mark.parametrize("name", ["sapo", "vanila"])

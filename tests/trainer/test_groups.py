@@ -83,7 +83,7 @@ def test_identical_credit_gives_every_transition_the_whole_return() -> None:
     assert [each.credit for each in identical(rollout("a", 0.75, calls=3))] == [0.75, 0.75, 0.75]
 
 
-def centred(credits_R: Returns, groups_R: object) -> Returns:
+def centred(credits_R: Returns, groups_R: Sequence[int], lengths_R: Sequence[int]) -> Returns:
     assert groups_R == [0, 0, 1, 1]
     return np.asarray(credits_R - credits_R.mean())
 
@@ -98,7 +98,7 @@ def test_a_rollout_counts_once_in_its_group_however_many_calls_it_made() -> None
     assert {each.credit for each in done[0].transitions} == {1.0}
 
 
-def grpo(credits_R: Returns, groups_R: Sequence[int]) -> Returns:
+def grpo(credits_R: Returns, groups_R: Sequence[int], lengths_R: Sequence[int]) -> Returns:
     """arXiv 2402.03300, section 4.1.2, written out: (r - mean) / (std + 1e-6), n - 1 in the deviation."""
     advantages_R = np.empty(len(credits_R))
     for group_number in set(groups_R):
@@ -154,4 +154,4 @@ def test_a_rollout_that_comes_again_without_a_group_waits_and_is_not_lost() -> N
 def test_an_estimator_that_gives_no_number_is_an_error() -> None:
     grouping, _ = group(rollout("a", 1), rollout("b", 0))
     with pytest.raises(TrainingError, match="not finite"):
-        assign(grouping.groups, credit=identical, estimator=lambda credits_R, _: credits_R * np.nan)
+        assign(grouping.groups, credit=identical, estimator=lambda credits_R, *_: credits_R * np.nan)

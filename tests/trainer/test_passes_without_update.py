@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from lightning_proxy.config.settings import PolicySettings, Settings, StoreSettings, TrainSettings
+from lightning_proxy.config.settings import (
+    GuardSettings,
+    PolicySettings,
+    Settings,
+    StoreSettings,
+    TrainSettings,
+)
 from lightning_proxy.errors import LeaseHeld, TrainingError
 from lightning_proxy.store import PolicyVersion, RunState, Store, VersionStatus
 from lightning_proxy.trainer.report import Outcome, TrainReport
@@ -26,9 +32,17 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def settings(store: Store, *, url: str = NOBODY, model: Path | None = None, **train: object) -> Settings:
+def settings(
+    store: Store,
+    *,
+    url: str = NOBODY,
+    model: Path | None = None,
+    guard: GuardSettings | None = None,
+    **train: object,
+) -> Settings:
     values = {"proxy_url": url, "runs_dir": store.path.parent / "runs", "min_rollouts": 2} | train
     return Settings(
+        guard=guard or GuardSettings(),
         store=StoreSettings(db=store.path),
         policy=PolicySettings(name=POLICY, model=model),
         train=TrainSettings.model_validate(values),
@@ -174,3 +188,54 @@ def test_a_staged_version_whose_weights_are_gone_is_rejected_and_its_rollouts_gi
     assert store.get_version(POLICY, 1).status is VersionStatus.REJECTED
     assert store.backlog(POLICY).rollouts_ready == 1
     assert report.outcome is Outcome.NOTHING
+
+
+def after_a_good_version(store: Store, path: Path) -> None:
+    """Version 1 was seen to be good (mean reward 0.9), version 2 serves now."""
+    store.add_base_version(POLICY, path)
+    for number in (1, 2):
+        rewards = {"mean": 0.9 if number == 2 else 0.5, "std": 0.3, "min": 0.0, "max": 1.0, "count": 100}
+        held = store.begin_run(POLICY, owner="test", lease_s=60)
+        report = {"parent": number - 1, "rewards": rewards, "entropy": 0.5}
+        version = PolicyVersion(POLICY, number, str(path), VersionStatus.STAGED, parent=number - 1)
+        store.commit_run(held.run_id, report=report, version=version)
+        store.activate_version(POLICY, number)
+
+
+def test_a_policy_that_got_much_worse_is_not_trained_further_and_the_way_back_is_named(
+    store: Store, tmp_path: Path
+) -> None:
+    after_a_good_version(store, tmp_path)
+    record_group(store, "task", [0.0] * 15 + [0.1], version=2)
+    report, _ = run(store)
+    assert report.outcome is Outcome.GUARDED
+    assert "policies rollback --to 1" in report.message
+    assert store.list_runs(POLICY)[0].state is RunState.COMMITTED
+    assert store.backlog(POLICY).rollouts_ready == 0
+    assert store.staged_version(POLICY) is None
+
+
+def test_so_is_one_whose_groups_all_agree_on_nothing(store: Store, tmp_path: Path) -> None:
+    after_a_good_version(store, tmp_path)
+    record_group(store, "task", [0.0] * 16, version=2)
+    assert run(store)[0].outcome is Outcome.GUARDED
+
+
+def test_where_it_is_wanted_the_proxy_goes_back_to_the_best_version(store: Store, tmp_path: Path) -> None:
+    after_a_good_version(store, tmp_path)
+    record_group(store, "task", [0.0] * 16, version=2)
+    with fake_proxy(store.path) as proxy:
+        report, _ = run(store, url=proxy.url, guard=GuardSettings(roll_back=True))
+    assert proxy.asked == [(f"{POLICY} back", 1)]
+    assert "version 1 serves again" in report.message
+    active = store.active_version(POLICY)
+    assert active is not None
+    assert active.version == 1
+
+
+def test_what_an_earlier_version_did_is_no_evidence_against_the_present_one(
+    store: Store, tmp_path: Path
+) -> None:
+    after_a_good_version(store, tmp_path)
+    record_group(store, "task", [0.0] * 16, version=1)
+    assert run(store)[0].outcome is Outcome.NOTHING

@@ -11,6 +11,7 @@ from lightning_proxy.trainer.backend import open_backend
 from lightning_proxy.trainer.batches import Rows
 from lightning_proxy.trainer.checkpoint import read_layout
 from tests.trainer.conftest import recipe
+from tests.trainer.rows import random_rows
 
 pytestmark = [
     pytest.mark.train,
@@ -18,28 +19,14 @@ pytestmark = [
 ]  # verl, torch and ray warn about themselves
 
 
-def random_rows(count: int) -> Rows:
+def odd_rows() -> Rows:
     """An odd number of rows of different lengths, the last of them long: shares cannot be equal."""
-    generator = np.random.default_rng(0)
-    lengths_N = np.array([*generator.integers(4, 20, count - 1), 60])
-    offsets = np.concatenate([[0], np.cumsum(lengths_N)])
-    total = int(offsets[-1])
-    mask = np.ones(total, dtype=np.bool_)
-    mask[offsets[:-1]] = mask[offsets[:-1] + 1] = False
-    return Rows(
-        tokens=generator.integers(2, 64, total),
-        mask=mask,
-        logprobs=np.where(mask, -4, 0).astype(np.float32),
-        advantages=np.where(mask, generator.normal(size=total), 0).astype(np.float32),
-        weights=(mask / mask.sum()).astype(np.float32),
-        offsets=offsets,
-        rollouts=tuple(map(str, range(count))),
-    )
+    return random_rows([*np.random.default_rng(0).integers(4, 20, 8), 60])
 
 
 @pytest.mark.timeout(900)  # three processes import verl: a minute alone, more on a busy machine
 def test_two_ray_workers_make_the_update_that_one_makes_in_process(tiny_model: Path, tmp_path: Path) -> None:
-    rows = random_rows(9)
+    rows = odd_rows()
     logprobs, metrics = {}, {}
     for workers in (2, 1):
         backend = open_backend(recipe(workers=workers, learning_rate=1e-3, micro_batch_tokens=70), tiny_model)

@@ -94,6 +94,7 @@ def test_one_pass_drains_trains_publishes_and_says_what_it_did(
     assert report.counts == {
         "rollouts": 6,
         "groups": 2,
+        "groups_all_equal": 1,
         "transitions": 12,
         "rows": 6,
         "tokens": report.counts["tokens"],
@@ -263,6 +264,33 @@ def test_an_update_that_is_not_finite_is_refused_before_anything_is_written(
     assert store.backlog(POLICY).rollouts_ready == 5
     assert store.staged_version(POLICY) is None
     assert not list(store.path.parent.rglob("*.safetensors"))
+
+
+def test_an_update_that_goes_too_far_is_refused_and_what_was_drained_waits(
+    store: Store, proxy: FakeProxy, tiny_model: Path, sampler_logprobs: Logprobs
+) -> None:
+    record(store, sampler_logprobs)
+    wild = settings(store, proxy, tiny_model, learning_rate=1.0, epochs=2)
+    with pytest.raises(CheckpointInvalid, match=r"nats a token, more than \[guard\] max_kl"):
+        run(wild, store)
+    assert store.backlog(POLICY).rollouts_ready == 9
+    assert store.staged_version(POLICY) is None
+
+
+def test_calls_of_versions_that_are_too_old_are_left_out_and_older_ones_weighed(
+    store: Store, proxy: FakeProxy, tiny_model: Path, sampler_logprobs: Logprobs
+) -> None:
+    record(store, sampler_logprobs)
+    first = run(settings(store, proxy, tiny_model, max_version_age=0), store)
+    assert first.outcome is Outcome.TRAINED
+    record_group(store, "late", [0.0, 1.0, 1.0], logprobs=sampler_logprobs, version=0)
+    too_old = run(settings(store, proxy, tiny_model, max_version_age=0, min_rollouts=2), store)
+    assert too_old.left_out["calls"] == {"too_old": 6}
+    record_group(store, "later", [0.0, 1.0, 1.0], logprobs=sampler_logprobs, version=0)
+    weighed = run(settings(store, proxy, tiny_model, max_version_age=1, min_rollouts=2), store)
+    assert weighed.outcome is Outcome.TRAINED
+    assert weighed.metrics["first"]["ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert weighed.logprob_difference is None
 
 
 def test_lora_is_trained_across_runs_and_published_as_full_weights_with_its_adapter(

@@ -9,6 +9,7 @@ from lightning_proxy.store import Fidelity, RecordedRollout, Reward, Span
 from lightning_proxy.trainer.transitions import (
     LeftOut,
     Reason,
+    Terms,
     TrainableRollout,
     superseded,
     trainable_rollouts,
@@ -18,7 +19,7 @@ from tests.trainer.recording import POLICY, failed_span, generation, recorded, s
 
 def convert(*rollouts: RecordedRollout, max_tokens: int = 100) -> tuple[list[TrainableRollout], LeftOut]:
     left_out = LeftOut()
-    return trainable_rollouts(rollouts, policy=POLICY, max_tokens=max_tokens, left_out=left_out), left_out
+    return trainable_rollouts(rollouts, Terms(POLICY, max_tokens), left_out), left_out
 
 
 def reward(value: float = 1.0) -> Reward:
@@ -118,3 +119,17 @@ def test_a_completed_call_that_was_tried_again_is_left_out_counted_and_not_a_nex
 )
 def test_a_retry_supersedes_the_try_before_it_and_no_other_call(calls: list[Span], unseen: set[int]) -> None:
     assert superseded(calls) == unseen
+
+
+def test_only_the_chosen_roles_become_transitions() -> None:
+    spans = [
+        span("r", generation([1], [2]), role="writer"),
+        span("r", generation([1], [3]), role="checker"),
+        span("r", generation([1], [4])),
+    ]
+    left_out = LeftOut()
+    [rollout] = trainable_rollouts(
+        [recorded("r", spans, reward())], Terms(POLICY, 100, roles=("writer", "rewriter")), left_out
+    )
+    assert [each.role for each in rollout.transitions] == ["writer"]
+    assert left_out.calls == {Reason.OTHER_ROLE: 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -44,7 +45,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Real vLLM behind a real proxy process."""
     directory = tmp_path_factory.mktemp("served")
     config = directory / "lightning.toml"
-    config.write_text(f'[policy]\nname = "{MODEL}"\n[engine]\nargs = ["--max-model-len", "2048"]\n')
+    # Processed: so that what the engine says of a shaped distribution can be compared with the trainer's.
+    args = ["--max-model-len", "2048", "--logprobs-mode", "processed_logprobs"]
+    config.write_text(f'[policy]\nname = "{MODEL}"\n[engine]\nargs = {json.dumps(args)}\n')
     command = [str(Path(sys.executable).with_name("lightning-proxy")), "serve", "--model", str(WEIGHTS)]
     command += ["--port", "0", "--db", "lightning.db", "--config", str(config)]
     log = directory / "proxy.log"

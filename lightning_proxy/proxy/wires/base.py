@@ -111,6 +111,17 @@ def sampling_of(request: Json, keys: Iterable[str]) -> Json:
     return {key: request[key] for key in keys if request.get(key) is not None}
 
 
+_SHAPING = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0}  # and the values that change nothing
+
+
+def shaped(sampling: Json) -> bool:
+    """Whether these parameters make another distribution of the model's own."""
+    return any(
+        isinstance(value := sampling.get(name, off), int | float) and value != off
+        for name, off in _SHAPING.items()
+    )
+
+
 def packed(typecode: str, values: list[Any]) -> array[Any]:
     """``array(typecode, values)``, three times as fast. Raises struct.error."""
     made: array[Any] = array(typecode)

@@ -33,7 +33,8 @@ class Backend(Protocol):
     def update(self, rows: Rows) -> Mapping[str, float]:
         """One optimiser step on one mini-batch, whose loss is the sum over tokens of weight x loss.
 
-        Returns ``pg_loss, clip_frac, kl, ratio_mean, ratio_max, grad_norm`` (before clipping). Where
+        Returns ``pg_loss, kl_loss, entropy_loss, clip_frac, kl, ratio_mean, ratio_max, grad_norm`` (before
+        clipping); ``kl``: mean over tokens of old less new logprob. Where
         loss or gradient are not finite the weights stay as they were and the metrics say so.
         """
 

@@ -24,6 +24,7 @@ from tensordict import TensorDict
 from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.config import CheckpointConfig
+from verl.trainer.ppo.core_algos import kl_penalty
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import Metric
 from verl.workers.config import (
@@ -38,10 +39,13 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from lightning_proxy.trainer.backend.shaping import Shaper
 from lightning_proxy.trainer.batches import Floats, Ints, Rows, plan_micro_batches
 from lightning_proxy.trainer.checkpoint import read_layout
 
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SUMS = ("pg_loss", "kl_loss", "entropy_loss")  # metrics that are sums over tokens, weighed
+_MEANS = ("clip_frac", "kl", "ratio_mean")  # and those that are means
 _OWN_OPTIONS = ("lr", "initial_lr", "eps", "weight_decay")  # the settings decide, not a saved optimiser
 
 
@@ -58,7 +62,11 @@ class WorkerConfig:
     weight_decay: float
     grad_clip: float
     policy_loss: str
-    clip_ratio: float
+    clip_low: float
+    clip_high: float
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
     micro_batch_tokens: int
     lora_rank: int
     lora_alpha: int
@@ -76,8 +84,9 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
         super().__init__(_training_worker_config(config))
         self.own = config
         torch.manual_seed(config.seed + self.rank)
-        self.set_loss_fn(functools.partial(policy_loss, _actor_config(config)))
+        self.set_loss_fn(functools.partial(policy_loss, _actor_config(config), config))
         self.reset()
+        self._shaper = Shaper(self.engine.module, packed=config.packed)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def logprobs(self, rows: Rows) -> Floats:
@@ -106,7 +115,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
 
     def accumulate(self, rows: Rows) -> dict[str, float]:
         """Add the gradient of these rows' loss to what is there, micro-batch by micro-batch."""
-        sums = dict.fromkeys(("pg_loss", "clip_frac", "kl", "ratio_mean", "tokens"), 0.0)
+        sums = dict.fromkeys((*_SUMS, *_MEANS, "tokens"), 0.0)
         ratio_max = 0.0
         for own_rows in self._own_share(rows):
             share = rows.select(own_rows) if len(own_rows) else _PADDING
@@ -114,8 +123,9 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
             metrics = {name: float(values[0]) for name, values in output["metrics"].items()}
             tokens = share.trained_tokens
             sums["tokens"] += tokens
-            sums["pg_loss"] += metrics["pg_loss"]
-            for name in ("clip_frac", "kl", "ratio_mean"):
+            for name in _SUMS:
+                sums[name] += metrics[name]
+            for name in _MEANS:
                 sums[name] += metrics[name] * tokens
             ratio_max = max(ratio_max, metrics["ratio_max"])
         return self._over_workers(sums, ratio_max)
@@ -170,6 +180,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
 
     def _tensors(self, rows: Rows) -> TensorDict:
         """One micro-batch as the jagged TensorDict that verl's engine and ``ppo_loss`` take."""
+        self._shaper.expect(rows)
         starts_N = [int(np.flatnonzero(mask)[0]) if mask.any() else 1 for mask in _per_row(rows, rows.mask)]
 
         def responses(values_T: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -191,13 +202,15 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
                 "advantages": responses(rows.advantages, torch.float32),
                 # verl multiplies each token's loss by this after clipping, whatever the policy loss.
                 "rollout_is_weights": responses(rows.weights, torch.float32),
+                "reference": responses(rows.reference, torch.float32),
             },
             {
-                "temperature": 1.0,  # engines report logprobs of the unscaled distribution
+                "temperature": 1.0,  # the shaper scales, token by token
                 "global_batch_size": len(rows),
                 "use_dynamic_bsz": False,
                 "micro_batch_size_per_gpu": len(rows),
                 "use_remove_padding": self.own.packed,
+                "calculate_entropy": self.own.entropy_coef > 0,
             },
         )
 
@@ -208,9 +221,10 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         metrics = dict(zip(sums, total.tolist(), strict=True))
         tokens = metrics.pop("tokens")
-        for name in ("clip_frac", "kl", "ratio_mean"):
+        for name in _MEANS:
             metrics[name] /= max(tokens, 1.0)
-        metrics["pg_loss"] /= self.world_size  # verl multiplies by it, since FSDP takes the mean of gradients
+        for name in _SUMS:
+            metrics[name] /= self.world_size  # verl multiplies by it, since FSDP takes the mean of gradients
         return {**metrics, "ratio_max": largest.item()}
 
     def _merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -235,23 +249,45 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
 
 
 def policy_loss(
-    config: FSDPActorConfig, model_output: Mapping[str, Any], data: TensorDict, dp_group: object = None
+    actor: FSDPActorConfig,
+    config: WorkerConfig,
+    model_output: Mapping[str, Any],
+    data: TensorDict,
+    dp_group: object = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """verl's ``ppo_loss`` (arXiv 1707.06347, equation 7, in the variant that the settings name).
 
-    Beside its metrics, the ratio of new to old probability: 1 on the first step on fresh data.
+    With ``kl_coef`` plus its multiple of the divergence from the reference policy (arXiv 2402.03300,
+    equation 3, by verl's estimator), with ``entropy_coef`` less its multiple of the entropy, every token
+    weighed as in the policy loss. verl's own terms of these kinds would not weigh them.
+    Beside verl's metrics, the ratio of new to old probability: 1 on the first step on fresh data.
     """
-    loss, metrics = ppo_loss(config=config, model_output=model_output, data=data, dp_group=dp_group)
+    output = {name: value for name, value in model_output.items() if name != "entropy"}
+    loss, metrics = ppo_loss(config=actor, model_output=output, data=data, dp_group=dp_group)
     values = {
         name: value.aggregate() if isinstance(value, Metric) else value for name, value in metrics.items()
     }
+    pg_loss = float(values["actor/pg_loss"])
+    mask = data["response_mask"].to_padded_tensor(0.0).bool()
+    weights = data["rollout_is_weights"].to_padded_tensor(0.0)
+    new = no_padding_2_padding(model_output["log_probs"], data)
+    kl_loss = entropy_loss = 0.0
+    if config.kl_coef:
+        reference = data["reference"].to_padded_tensor(0.0)
+        divergence = torch.where(mask, kl_penalty(new, reference, config.kl_estimator), 0.0)
+        term = (weights * divergence).sum() * data["dp_size"]
+        loss, kl_loss = loss + config.kl_coef * term, float(term)
+    if config.entropy_coef:
+        entropy = torch.where(mask, no_padding_2_padding(model_output["entropy"], data), 0.0)
+        term = (weights * entropy).sum() * data["dp_size"]
+        loss, entropy_loss = loss - config.entropy_coef * term, float(term)
     with torch.no_grad():
-        mask = data["response_mask"].to_padded_tensor(0.0).bool()
-        new = no_padding_2_padding(model_output["log_probs"], data)
         difference = new - data["old_log_probs"].to_padded_tensor(0.0)
         ratio = torch.exp(difference.clamp(-20.0, 20.0))[mask]  # verl's own bounds
     return loss, {
-        "pg_loss": float(values["actor/pg_loss"]),
+        "pg_loss": pg_loss,
+        "kl_loss": kl_loss,
+        "entropy_loss": entropy_loss,
         "clip_frac": float(values.get("actor/pg_clipfrac", 0.0)),
         "kl": float(values.get("actor/ppo_kl", 0.0)),
         "ratio_mean": float(ratio.mean()) if len(ratio) else 1.0,
@@ -309,9 +345,9 @@ def _actor_config(config: WorkerConfig) -> FSDPActorConfig:
         strategy="fsdp2",
         rollout_n=1,
         use_dynamic_bsz=True,  # of no effect but to spare a check: micro-batches are ours
-        clip_ratio=config.clip_ratio,
-        clip_ratio_low=config.clip_ratio,
-        clip_ratio_high=config.clip_ratio,
+        clip_ratio=config.clip_low,
+        clip_ratio_low=config.clip_low,
+        clip_ratio_high=config.clip_high,
         policy_loss=PolicyLossConfig(loss_mode=config.policy_loss),
         loss_agg_mode="token-sum",  # the rows' weights hold the normalisation
     )
@@ -348,6 +384,11 @@ _PADDING = Rows(
     logprobs=np.zeros(2, dtype=np.float32),
     advantages=np.zeros(2, dtype=np.float32),
     weights=np.zeros(2, dtype=np.float32),
+    sampling=np.zeros(2, dtype=np.int16),
+    raw=np.zeros(2, dtype=np.bool_),
+    importance=np.zeros(2, dtype=np.float32),
+    reference=np.zeros(2, dtype=np.float32),
+    versions=np.full(2, -1, dtype=np.int64),
     offsets=np.array([0, 2], dtype=np.int64),
     rollouts=("",),
 )
