@@ -20,11 +20,13 @@ database is made or migrated.
 
 from lightning_proxy.store.json_view import as_json
 from lightning_proxy.store.records import (
+    INFRASTRUCTURE,
     Attempt,
     Backlog,
     ConversationEnd,
     ErrorClass,
     Fidelity,
+    Finding,
     Generation,
     KeyOwner,
     PolicyVersion,
@@ -42,11 +44,13 @@ from lightning_proxy.store.store import Store
 from lightning_proxy.store.writer import Writer
 
 __all__ = [
+    "INFRASTRUCTURE",
     "Attempt",
     "Backlog",
     "ConversationEnd",
     "ErrorClass",
     "Fidelity",
+    "Finding",
     "Generation",
     "KeyOwner",
     "PolicyVersion",

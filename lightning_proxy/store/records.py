@@ -52,6 +52,23 @@ class ErrorClass(StrEnum):
     SILENT_DEATH = "silent_death"  # neither a call nor a heartbeat for too long
 
 
+# What nobody can learn from: faults of engine, network or proxy. They never count against the policy.
+INFRASTRUCTURE = frozenset(
+    (
+        ErrorClass.UPSTREAM_UNREACHABLE,
+        ErrorClass.UPSTREAM_ERROR,
+        ErrorClass.UPSTREAM_REFUSED,
+        ErrorClass.RATE_LIMITED,
+        ErrorClass.TIMEOUT,
+        ErrorClass.ENGINE_ERROR,
+        ErrorClass.CUT_STREAM,
+        ErrorClass.CLIENT_DISCONNECT,
+        ErrorClass.CAPTURE_FAULT,
+        ErrorClass.PROXY_FAULT,
+    )
+)
+
+
 class RolloutState(StrEnum):
     """Where a rollout is. Everything but ``OPEN`` is terminal."""
 
@@ -97,6 +114,15 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """Something wrong in a call that is no error of the call itself."""
+
+    error_class: ErrorClass
+    detail: str  # what was found, in words
+    call_id: str | None = None  # the tool call that it is about: what failed may be an earlier call's doing
+
+
+@dataclass(frozen=True, slots=True)
 class Span:
     """One recorded model call, ending in a response or an error, never both."""
 
@@ -120,7 +146,7 @@ class Span:
     status: int | None = None  # HTTP status the agent saw; None: no response at all
     response_id: str | None = None
     response: bytes | None = None  # JSON, assembled where it was streamed; None on error
-    error_class: str | None = None
+    error_class: ErrorClass | str | None = None  # a text only where the row is of before there were classes
     error: str | None = None
     usage: Mapping[str, Any] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)  # temperature, top_p, ...
@@ -128,6 +154,7 @@ class Span:
     retry: int = 0  # tries of the same call before this one, as the client's SDK says
     # Digest of messages and reply, where the conversation may be needed to attribute a later call.
     conversation: bytes | None = None
+    findings: tuple[Finding, ...] = ()  # beside a response or an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +167,8 @@ class Rollout:
     created_at: float = 0.0
     ended_at: float | None = None
     reason: str | None = None  # why it ended as it did
-    error_class: ErrorClass | None = None  # why it failed
+    error_class: ErrorClass | None = None  # why it failed: the root cause
+    presumed: bool = False  # nobody told that it ended: that was concluded from its silence
     incomplete: str | None = None  # why capture is known to have lost a span of it; None: whole
     metadata: Mapping[str, Any] = field(default_factory=dict)
 

@@ -12,7 +12,7 @@ import orjson
 from lightning_proxy.errors import UnknownTarget
 from lightning_proxy.store.connection import translated
 from lightning_proxy.store.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
-from lightning_proxy.store.records import ConversationEnd, Fidelity, Generation, Span
+from lightning_proxy.store.records import ConversationEnd, ErrorClass, Fidelity, Finding, Generation, Span
 from lightning_proxy.store.rollouts import Rollouts, encode
 
 # Constant texts, so that SQLite's statements stay prepared in the connection's cache.
@@ -25,6 +25,9 @@ INSERT INTO spans (
 _ADD_GENERATION = """
 INSERT INTO generations (span_id, choice, finish_reason, prompt_token_ids, response_token_ids, logprobs)
 VALUES (?, ?, ?, ?, ?, ?)"""
+_ADD_FINDING = "INSERT INTO findings (span_id, error_class, detail, call_id, at) VALUES (?, ?, ?, ?, ?)"
+_FINDINGS = """
+SELECT * FROM findings WHERE span_id IN (SELECT value FROM json_each(?)) ORDER BY rowid"""
 _GENERATIONS = """
 SELECT * FROM generations WHERE span_id IN (SELECT value FROM json_each(?)) ORDER BY span_id, choice"""
 
@@ -90,7 +93,7 @@ class Spans(Rollouts):
                 span.status,
                 span.response_id,
                 span.fidelity.value,
-                span.error_class,
+                None if span.error_class is None else str(span.error_class),
                 span.error,
                 encode(span.usage) if span.usage is not None else None,
                 encode(span.sampling) if span.sampling else "{}",
@@ -112,6 +115,10 @@ class Spans(Rollouts):
                     pack_ids(generation.response_token_ids),
                     pack_logprobs(generation.logprobs),
                 ),
+            )
+        for found in span.findings:
+            execute(
+                _ADD_FINDING, (span_id, found.error_class.value, found.detail, found.call_id, span.ended_at)
             )
         return span_id
 
@@ -171,7 +178,8 @@ class Spans(Rollouts):
     def _spans(self, sql: str, parameters: Sequence[Any]) -> list[Span]:
         rows = self.rows(sql, parameters)
         generations: defaultdict[int, list[Generation]] = defaultdict(list)
-        for row in self.rows(_GENERATIONS, (orjson.dumps([row["span_id"] for row in rows]).decode(),)):
+        ids = orjson.dumps([row["span_id"] for row in rows]).decode()
+        for row in self.rows(_GENERATIONS, (ids,)):
             generations[row["span_id"]].append(
                 Generation(
                     prompt_token_ids=unpack_ids(row["prompt_token_ids"]),
@@ -180,13 +188,32 @@ class Spans(Rollouts):
                     finish_reason=row["finish_reason"],
                 )
             )
-        return [_span_from(row, tuple(generations[row["span_id"]])) for row in rows]
+        findings: defaultdict[int, list[Finding]] = defaultdict(list)
+        for row in self.rows(_FINDINGS, (ids,)):
+            findings[row["span_id"]].append(
+                Finding(ErrorClass(row["error_class"]), row["detail"], row["call_id"])
+            )
+        return [
+            _span_from(row, tuple(generations[row["span_id"]]), tuple(findings[row["span_id"]]))
+            for row in rows
+        ]
 
 
-def _span_from(row: sqlite3.Row, generations: tuple[Generation, ...]) -> Span:
+def _span_from(
+    row: sqlite3.Row, generations: tuple[Generation, ...], findings: tuple[Finding, ...]
+) -> Span:
     values = dict(row)
+    values["error_class"] = _known(values["error_class"])
     values["fidelity"] = Fidelity(values["fidelity"])
     values["streamed"] = bool(values["streamed"])
     values["usage"] = None if values["usage"] is None else orjson.loads(values["usage"])
     values["sampling"] = orjson.loads(values["sampling"])
-    return Span(**values, generations=generations)
+    return Span(**values, generations=generations, findings=findings)
+
+
+def _known(error_class: str | None) -> ErrorClass | str | None:
+    """The class that a text names; the text itself where there is no such class (any more)."""
+    try:
+        return None if error_class is None else ErrorClass(error_class)
+    except ValueError:
+        return error_class
