@@ -34,6 +34,7 @@ from .control.rollouts import RolloutRoutes
 from .control.state import StateRoutes
 from .engine import Engine
 from .engine_process import EngineProcess
+from .findings import Findings
 from .forward import Forwarder
 from .hold import Hold
 from .keys import Attributor
@@ -167,6 +168,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         switch=switch,
         attributor=attributor,
         recorder=Recorder(writer, metrics, timeout_s=proxy.commit_timeout_s),
+        findings=Findings(settings.failures),
         metrics=metrics,
         tasks=tasks,
         hold_timeout_s=proxy.hold_timeout_s,

@@ -112,8 +112,9 @@ class Rollouts(Connection):
     ) -> Rollout:
         """End a rollout and its last attempt; ending it the same way again changes nothing.
 
-        ``presumed``: nobody told that it ended. Whoever does so later has the last word. Raises ``UnknownTarget``, ``Conflict`` where it has ended otherwise, ``InvalidInput`` for ``OPEN``
-        and for a success with an ``error_class``.
+        ``presumed``: nobody told that it ended. Whoever does so later has the last word. Raises
+        ``UnknownTarget``, ``Conflict`` where it has ended otherwise, ``InvalidInput`` for ``OPEN`` and for a
+        success with an ``error_class``.
         """
         if state is RolloutState.OPEN:
             raise InvalidInput("a rollout ends as succeeded, failed or cancelled; open is where it starts")

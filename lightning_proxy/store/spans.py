@@ -199,9 +199,7 @@ class Spans(Rollouts):
         ]
 
 
-def _span_from(
-    row: sqlite3.Row, generations: tuple[Generation, ...], findings: tuple[Finding, ...]
-) -> Span:
+def _span_from(row: sqlite3.Row, generations: tuple[Generation, ...], findings: tuple[Finding, ...]) -> Span:
     values = dict(row)
     values["error_class"] = _known(values["error_class"])
     values["fidelity"] = Fidelity(values["fidelity"])
