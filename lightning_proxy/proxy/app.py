@@ -27,6 +27,7 @@ from lightning_proxy.store import Store, VersionStatus, Writer
 from .attribution import api_keys
 from .auth import Guard
 from .control.access import Access
+from .control.failures import FailureRoutes
 from .control.policies import PolicyRoutes
 from .control.requests import http_status
 from .control.rewards import RewardRoutes
@@ -42,6 +43,7 @@ from .metrics import Metrics
 from .problem import problem
 from .recorder import Recorder
 from .roles import Roles
+from .sweep import watch_for_silence
 from .switch import Switch
 from .tasks import Tasks
 from .upstream import Upstream, only_the_upstreams
@@ -117,6 +119,7 @@ def _own_routes(parts: Parts) -> list[web.RouteDef]:
     of_each_kind = (
         RewardRoutes(access, parts.metrics),
         RolloutRoutes(access, parts.attributor, lambda: parts.base_url),
+        FailureRoutes(access),
         PolicyRoutes(access, parts.switch),
         StateRoutes(
             access,
@@ -218,6 +221,8 @@ def _life(parts: Parts, engine_process: EngineProcess | None) -> Callable[[web.A
         await _register_model(parts)
         if engine_process is None:
             await _begin_with_active(parts)
+        silence_s = parts.settings.failures.silence_s
+        parts.tasks.spawn("silent rollouts", watch_for_silence(parts.writer, silence_s))
         yield
         await parts.tasks.close()
         await parts.upstreams.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import orjson
@@ -49,8 +49,8 @@ class Findings:
     def __init__(self, settings: FailureSettings) -> None:
         self._loops = Loops(settings.loop_after)
         self._results = Results()
-        self._tool_errors = _one_of(settings.tool_error_patterns)
-        self._refusals = _one_of(settings.refusal_patterns)
+        self._tool_errors = [re.compile(pattern) for pattern in settings.tool_error_patterns]
+        self._refusals = [re.compile(pattern) for pattern in settings.refusal_patterns]
 
     def of(self, span: Span, request: Json) -> tuple[Finding, ...]:
         """What is wrong in this call; ``request`` is its body, parsed."""
@@ -71,7 +71,7 @@ class Findings:
         for choice in choices:
             if choice.refusal or choice.ending in _REFUSED:
                 yield _finding(ErrorClass.REFUSAL, choice.refusal or f"it ended by {choice.ending}")
-            elif self._refusals is not None and self._refusals.search(choice.text, 0, _LOOKED_INTO):
+            elif any(pattern.search(choice.text, 0, _LOOKED_INTO) for pattern in self._refusals):
                 yield _finding(ErrorClass.REFUSAL, choice.text)
             if choice.ending in _TRUNCATED:
                 yield _finding(ErrorClass.TRUNCATED, f"it ended by {choice.ending}")
@@ -167,11 +167,3 @@ def _plain(content: object) -> str:
 
 def _finding(error_class: ErrorClass, detail: str, call_id: Any = None) -> Finding:
     return Finding(error_class, detail[:_LONGEST_DETAIL], call_id if isinstance(call_id, str) else None)
-
-
-def _one_of(patterns: Sequence[str]) -> re.Pattern[str] | None:
-    return re.compile("|".join(_groups(patterns))) if patterns else None
-
-
-def _groups(patterns: Iterable[str]) -> list[str]:
-    return [f"(?:{pattern})" for pattern in patterns]

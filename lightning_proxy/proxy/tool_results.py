@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import orjson
@@ -19,6 +20,7 @@ from .conversation import Json
 _MOST_AGENTS = 4096
 _MOST_SEEN = 64  # results remembered for one agent, the latest
 _LONGEST_JSON = 65_536  # characters; a longer result is looked at as text
+_LOOKED_INTO = 2000  # characters that a pattern may match
 _SHOWN = 300
 _RESULT_ITEMS = frozenset(("function_call_output", "custom_tool_call_output"))
 _CALL_ITEMS = frozenset(("function_call", "custom_tool_call", "reasoning"))
@@ -71,7 +73,7 @@ def _brings_result(item: Any) -> bool:
     return any(isinstance(part, dict) and part.get("type") == "tool_result" for part in content)
 
 
-def _latest(items: list[Any], *, known: bool) -> Any:
+def _latest(items: list[Any], *, known: bool) -> Iterator[tuple[object, Result]]:
     """(place, result) from the last one back to what the assistant said before.
 
     In Responses calls and results may alternate, of one turn or of many: where the agent is known, what it
@@ -93,11 +95,11 @@ def _latest(items: list[Any], *, known: bool) -> Any:
                 yield (index, number), Result(block.get("tool_use_id"), block.get("content"), error)
 
 
-def failure_of(result: Result, patterns: re.Pattern[str] | None) -> str | None:
+def failure_of(result: Result, patterns: Iterable[re.Pattern[str]]) -> str | None:
     """What a result says of its failure; ``None`` where it reports none."""
     text = _text_of(result.content)
     shown = text[:_SHOWN] or "the tool said nothing"
-    if result.is_error or (patterns is not None and patterns.match(text)):
+    if result.is_error or any(pattern.match(text, 0, _LOOKED_INTO) for pattern in patterns):
         return shown
     if text[:1] == "{" and len(text) <= _LONGEST_JSON:
         try:

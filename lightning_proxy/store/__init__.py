@@ -10,6 +10,8 @@ tables), then the part that you are after::
     rewards.py      the ledger of rewards
     policies.py     versions of policies: staged, active, retired, rejected
     runs.py         training runs: leases, draining, committing
+    causes.py       why a rollout failed: the root cause (no SQL)
+    failures.py     failed rollouts, silent ones, failures in numbers
     store.py        `Store`, all of the above in one class, with the lists and counts across them
     json_view.py    records as JSON values
     writer.py       `Writer`, the one writer thread of an asyncio process, with group commit
@@ -18,6 +20,8 @@ May import ``errors`` and nothing else of this package. sqlite-utils is imported
 database is made or migrated.
 """
 
+from lightning_proxy.store.causes import failed_by_infrastructure, last_call, root_cause
+from lightning_proxy.store.failures import By, seconds_of
 from lightning_proxy.store.json_view import as_json
 from lightning_proxy.store.records import (
     INFRASTRUCTURE,
@@ -25,6 +29,8 @@ from lightning_proxy.store.records import (
     Backlog,
     ConversationEnd,
     ErrorClass,
+    FailureExample,
+    FailureSummary,
     Fidelity,
     Finding,
     Generation,
@@ -47,8 +53,11 @@ __all__ = [
     "INFRASTRUCTURE",
     "Attempt",
     "Backlog",
+    "By",
     "ConversationEnd",
     "ErrorClass",
+    "FailureExample",
+    "FailureSummary",
     "Fidelity",
     "Finding",
     "Generation",
@@ -66,4 +75,8 @@ __all__ = [
     "VersionStatus",
     "Writer",
     "as_json",
+    "failed_by_infrastructure",
+    "last_call",
+    "root_cause",
+    "seconds_of",
 ]

@@ -280,6 +280,30 @@ class RolloutSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class FailureExample:
+    """One call (``span_id`` set) or rollout that failed."""
+
+    at: float
+    rollout_id: str
+    span_id: int | None
+    message: str | None  # the upstream's error, what was found, or the rollout's reason
+
+
+@dataclass(frozen=True, slots=True)
+class FailureSummary:
+    """One class of failure over a stretch of time."""
+
+    error_class: str
+    part: str | None  # role, model or policy version, where these are told apart
+    calls: int  # that ended in it, or hold it
+    rollouts: int  # with such a call, or that failed by it
+    failed_rollouts: int  # that failed by it
+    share: float  # of all calls of that time
+    first: FailureExample
+    last: FailureExample
+
+
+@dataclass(frozen=True, slots=True)
 class Backlog:
     """What waits for the trainer of one policy."""
 
