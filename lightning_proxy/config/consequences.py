@@ -18,6 +18,9 @@ OTHERS = frozenset(
 )  # fmt: skip
 
 
+_OF_NO_CALL = frozenset(("agent_crash", "silent_death"))
+
+
 class Kind(StrEnum):
     """What is done with the calls and the rollouts of a class."""
 
@@ -52,6 +55,11 @@ def consequence_of(name: str, text: str) -> Consequence:
         raise ValueError(
             f"{name} = {text!r}: faults of engine and network never count against the policy; "
             "mask (the default) and drop are possible"
+        )
+    if kind is Kind.MASK and name in _OF_NO_CALL:
+        raise ValueError(
+            f"{name} = {text!r}: it belongs to no call that could be masked; "
+            "train, partial, penalty and drop are possible"
         )
     return Consequence(kind, _number(name, kind, rest.strip()))
 

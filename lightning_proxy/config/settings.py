@@ -284,8 +284,8 @@ class FailureSettings(_Table):
     )
     training: dict[str, str] = Field(
         default={},
-        description="What training does with a class: `train`, `mask`, `partial 0.5`, `penalty -0.5` or "
-        '`drop`, e.g. `{ malformed_tool_call = "penalty -0.5" }`. See docs/failures.md.',
+        description="What training does with a class of failure: `train`, `mask`, `partial 0.5`, "
+        "`penalty -0.5` or `drop`. docs/failures.md has the classes and what each does by default.",
     )
 
     @field_validator("tool_error_patterns", "refusal_patterns")

@@ -5,6 +5,7 @@ a run alive and gives back on failure, ``warm`` the update engine between passes
 the data goes:
 
 ``transitions``   a recorded rollout -> one transition per generation; what is left out, counted
+``failures``      what failures do: rollouts dropped, calls masked, scaled or penalised
 ``groups``        which rollouts are compared with one another (GRPO's group)
 ``credit``        what each transition is credited with of its rollout's return
 ``advantages``    credit relative to the group, once per rollout

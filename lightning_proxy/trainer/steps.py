@@ -18,6 +18,7 @@ from lightning_proxy.trainer.advantages import assign
 from lightning_proxy.trainer.backend import Backend, estimator
 from lightning_proxy.trainer.batches import Rows, pack, split_mini_batches, weigh
 from lightning_proxy.trainer.credit import identical
+from lightning_proxy.trainer.failures import Consequences
 from lightning_proxy.trainer.groups import Grouping, form_groups
 from lightning_proxy.trainer.lease import Lease
 from lightning_proxy.trainer.publish import clear_away, promote, version_directory, write_version
@@ -271,9 +272,15 @@ class Pass:
         values = [value for each in recorded if (value := rollout_return(each)) is not None]
         self._update(reward_mean=float(np.mean(values)) if values else None)
         left_out = LeftOut()
+        consequences = Consequences(self.settings.failures.training, self.policy, left_out)
         rollouts = trainable_rollouts(
-            recorded, policy=self.policy, max_tokens=train.max_row_tokens, left_out=left_out
+            consequences.keep(recorded),
+            policy=self.policy,
+            max_tokens=train.max_row_tokens,
+            left_out=left_out,
         )
+        rollouts = consequences.apply(rollouts)
+        self._update(failures=consequences.counts.as_dict())
         # A full drain must not be blocked for ever by groups that never grow.
         may_wait = len(recorded) < train.max_rollouts
         grouping = form_groups(rollouts, min_size=train.min_group_size, may_wait=may_wait, left_out=left_out)

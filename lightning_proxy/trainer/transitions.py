@@ -56,6 +56,7 @@ class Transition:
     logprobs: array[float]  # the engine's own, one per response token
     next_prompt_ids: array[int] | None = None
     group: Group | None = None
+    part: float = 1.0  # of credit and advantage that it gets; less than 1 for some failures (``failures``)
     credit: float | None = None
     advantage: float | None = None
 
@@ -68,6 +69,7 @@ class TrainableRollout:
     task_id: str | None
     value: float
     transitions: tuple[Transition, ...]
+    first_prompt_ids: array[int] | None = None  # where that call may be none of the transitions
 
 
 @dataclass(slots=True)

@@ -61,6 +61,7 @@ def test_an_agent_that_left_in_the_middle_of_an_answer_and_never_came_back_died(
     with Call(swept.url, f"/rollout/r1{CHAT}", {**HELLO, "stream": True}) as call:
         call.read_until(b'"content":"')
         call.hang_up()
+    recorded(swept)
     wait_until(lambda: has_failed(swept, "r1"))
     assert state_of(swept, "r1").error_class is ErrorClass.SILENT_DEATH
 
@@ -73,7 +74,7 @@ def test_a_call_that_comes_after_all_is_recorded_and_opens_nothing(
     wait_until(lambda: has_failed(swept, "r1"))
     assert chat(swept, prefix="/rollout/r1").status == 200
     assert len(recorded(swept, 2)) == 2
-    assert send(swept.url, "/reward", {"rollout_id": "r1", "value": 1.0}).status == 200
+    assert send(swept.url, "/reward", {"rollout_id": "r1", "value": 1.0}).status == 201
     assert has_failed(swept, "r1")
     told = send(swept.url, "/api/rollouts/r1", {"state": "succeeded"}, method="PATCH")
     assert (told.status, told.json["presumed"]) == (200, False)
