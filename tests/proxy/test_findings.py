@@ -365,6 +365,53 @@ def test_an_answer_at_its_limit_is_found_on_every_api(
     assert [each.error_class for each in recorded(proxy)[0].findings] == [TRUNCATED]
 
 
+def answered(path: str, body: Json) -> Json:
+    """The request that brings a tool's error, in the words of its API."""
+    if path == "/v1/messages":
+        asked = {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "c1", "name": "search", "input": {}}],
+        }
+        result = {"type": "tool_result", "tool_use_id": "c1", "content": "not found", "is_error": True}
+        return {**body, "messages": [*body["messages"], asked, {"role": "user", "content": [result]}]}
+    if path == "/v1/responses":
+        asked = {"type": "function_call", "call_id": "c1", "name": "search", "arguments": OK}
+        output_ = {"type": "function_call_output", "call_id": "c1", "output": "Error: not found"}
+        return {**body, "input": [{"role": "user", "content": "hi"}, asked, output_]}
+    return {**body, "messages": [*body["messages"], *turn("Error: not found")]}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("path", TRAFFIC)
+def test_a_failed_tool_is_found_once_on_every_api_and_the_answer_is_the_engines(
+    engine: EngineThread, proxy: ProxyThread, path: str, streamed: bool
+) -> None:
+    body = {**answered(path, TRAFFIC[path]), "stream": streamed}
+    straight = send(engine.url, path, body)
+    for _ in range(2):
+        through = send(proxy.url, f"/rollout/r1{path}", body)
+        assert (through.status, len(through.events)) == (straight.status, len(straight.events))
+    kept = recorded(proxy, 2)
+    assert [[each.error_class for each in span_.findings] for span_ in kept] == [[TOOL], []]
+    assert kept[0].findings[0].call_id == "c1"
+    assert "not found" in kept[0].findings[0].detail
+
+
+def test_an_agent_in_a_loop_is_found_and_served_as_before(engine: EngineThread, proxy: ProxyThread) -> None:
+    history = list(CHAT["messages"])
+    script = Script(tool_calls=(("search", OK),))
+    for _ in range(6):
+        body = {"model": "policy", "messages": history, "tools": CHAT["tools"]}
+        answer = send(
+            proxy.url, "/rollout/r1/v1/chat/completions", body, [*JSON, *script.to_header().items()]
+        )
+        assert answer.status == 200
+        said = answer.json["choices"][0]["message"]
+        history += [said, {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "none"}]
+    loops = [[each.error_class for each in span_.findings] for span_ in recorded(proxy, 6)]
+    assert loops == [[], [], [], [], [ErrorClass.AGENT_LOOP], [ErrorClass.AGENT_LOOP]]
+
+
 def test_an_ordinary_call_has_no_findings(engine: EngineThread, make_proxy: MakeProxy) -> None:
     proxy = make_proxy(engine.base_url)
     for path, body in TRAFFIC.items():
