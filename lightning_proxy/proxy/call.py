@@ -175,6 +175,8 @@ class Call:
         """The error that the answer itself holds, if it does."""
         if self.status is not None and self.status >= 400:
             text = (self._error_body or b"").decode("utf-8", "replace")
+            if self._collector.status is not None:  # the engine answered well, and what it said is refused
+                return ErrorClass.MALFORMED_TOOL_CALL, text
             return class_of_status(self.status, text), text
         if self._collector.failed is not None:
             return class_of_event(self._collector.failed), self._collector.failed

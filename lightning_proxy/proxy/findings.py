@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import msgspec
 import orjson
 
 from lightning_proxy.config.settings import FailureSettings
@@ -21,13 +22,19 @@ from .conversation import Json, canonical, spoken
 from .loops import Loops
 from .tool_results import Results, failure_of
 from .tool_schemas import misfit
+from .wires.base import CAPTURE_FAULTS
 
 log = logging.getLogger(__name__)
 
-# What a request or an answer of an unexpected shape can raise when it is read.
-_ODD_SHAPES = (KeyError, TypeError, ValueError, AttributeError, RecursionError, IndexError)
 _LONGEST_DETAIL = 500
 _LOOKED_INTO = 2000  # characters that a configured pattern is looked for in
+_LONG = 32_768  # bytes
+_READ = frozenset(
+    ("message", "text", "finish_reason", "output", "incomplete_details", "content", "stop_reason")
+)
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_OBJECTS = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+_ANY = msgspec.json.Decoder()
 _TRUNCATED = frozenset(("length", "max_tokens", "max_output_tokens", "model_context_window_exceeded"))
 # Who tries again after such an error is no agent in a loop; who repeats what was refused may be.
 _NOT_ITS_DOING = INFRASTRUCTURE - {ErrorClass.UPSTREAM_REFUSED}
@@ -58,12 +65,12 @@ class Findings:
             return ()
         found: list[Finding] = []
         try:
-            choices = choices_of(orjson.loads(span.response)) if span.response is not None else []
+            choices = choices_of(_read(span.response)) if span.response is not None else []
             if choices:
                 found += self._in_answer(span.wire, request, choices)
             found += self._in_request(span, request)
             found += self._repetition(span, request, choices)
-        except _ODD_SHAPES as error:
+        except CAPTURE_FAULTS as error:
             log.debug("a %s call cannot be looked through: %r", span.wire, error)
         return tuple(found)
 
@@ -92,6 +99,18 @@ class Findings:
             return
         if (repeats := self._loops.seen(span, request, _normal(choices))) is not None:
             yield _finding(ErrorClass.AGENT_LOOP, repeats)
+
+
+def _read(response: bytes) -> Json:
+    """An answer; of a long one without the logprobs that make it long."""
+    if len(response) <= _LONG:
+        parsed: Json = orjson.loads(response)
+        return parsed
+    head = _OBJECT.decode(response)
+    if "choices" not in head:
+        return {key: _ANY.decode(value) for key, value in head.items() if key in _READ}
+    choices = _OBJECTS.decode(head["choices"])
+    return {"choices": [{k: _ANY.decode(v) for k, v in choice.items() if k in _READ} for choice in choices]}
 
 
 def choices_of(response: Json) -> list[Choice]:
@@ -150,7 +169,7 @@ def awaits_result(span: Span, request: Json) -> bool:
         return False
     try:
         return any(choice.calls for choice in choices_of(orjson.loads(span.response)))
-    except _ODD_SHAPES:
+    except CAPTURE_FAULTS:
         return False
 
 

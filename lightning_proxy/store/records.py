@@ -26,8 +26,9 @@ class Fidelity(StrEnum):
 class ErrorClass(StrEnum):
     """What went wrong, of a call, of what a call holds, or of a whole attempt.
 
-    A span that ended in an error has one of the first group. The second group is found in calls that
-    ended well. The third says why an attempt or a rollout failed, which may also be one of the others.
+    A span that ended in an error has one of the first group (or ``MALFORMED_TOOL_CALL``, where the API has
+    no way to say the call that the model made). The second group is found in calls that ended well. The
+    third says why an attempt or a rollout failed, which may also be one of the others.
     """
 
     UPSTREAM_UNREACHABLE = "upstream_unreachable"  # no connection, or none that gave an answer

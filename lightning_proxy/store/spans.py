@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -116,10 +117,8 @@ class Spans(Rollouts):
                     pack_logprobs(generation.logprobs),
                 ),
             )
-        for found in span.findings:
-            execute(
-                _ADD_FINDING, (span_id, found.error_class.value, found.detail, found.call_id, span.ended_at)
-            )
+        if span.findings:
+            self._add_findings(span_id, span)
         return span_id
 
     def get_span(self, span_id: int) -> Span:
@@ -178,8 +177,7 @@ class Spans(Rollouts):
     def _spans(self, sql: str, parameters: Sequence[Any]) -> list[Span]:
         rows = self.rows(sql, parameters)
         generations: defaultdict[int, list[Generation]] = defaultdict(list)
-        ids = orjson.dumps([row["span_id"] for row in rows]).decode()
-        for row in self.rows(_GENERATIONS, (ids,)):
+        for row in self.rows(_GENERATIONS, (orjson.dumps([row["span_id"] for row in rows]).decode(),)):
             generations[row["span_id"]].append(
                 Generation(
                     prompt_token_ids=unpack_ids(row["prompt_token_ids"]),
@@ -188,25 +186,37 @@ class Spans(Rollouts):
                     finish_reason=row["finish_reason"],
                 )
             )
-        findings: defaultdict[int, list[Finding]] = defaultdict(list)
-        for row in self.rows(_FINDINGS, (ids,)):
-            findings[row["span_id"]].append(
-                Finding(ErrorClass(row["error_class"]), row["detail"], row["call_id"])
-            )
+        return self._with_findings([_span_from(row, tuple(generations[row["span_id"]])) for row in rows])
+
+    def _add_findings(self, span_id: int, span: Span) -> None:
+        self.connection.executemany(
+            _ADD_FINDING,
+            [
+                (span_id, one.error_class.value, one.detail, one.call_id, span.ended_at)
+                for one in span.findings
+            ],
+        )
+
+    def _with_findings(self, spans: list[Span]) -> list[Span]:
+        """The spans with what was found in them: few have anything."""
+        found: defaultdict[int | None, list[Finding]] = defaultdict(list)
+        for row in self.rows(_FINDINGS, (orjson.dumps([span.span_id for span in spans]).decode(),)):
+            kind = ErrorClass(row["error_class"])
+            found[row["span_id"]].append(Finding(kind, row["detail"], row["call_id"]))
         return [
-            _span_from(row, tuple(generations[row["span_id"]]), tuple(findings[row["span_id"]]))
-            for row in rows
+            replace(span, findings=tuple(found[span.span_id])) if span.span_id in found else span
+            for span in spans
         ]
 
 
-def _span_from(row: sqlite3.Row, generations: tuple[Generation, ...], findings: tuple[Finding, ...]) -> Span:
+def _span_from(row: sqlite3.Row, generations: tuple[Generation, ...]) -> Span:
     values = dict(row)
     values["error_class"] = _known(values["error_class"])
     values["fidelity"] = Fidelity(values["fidelity"])
     values["streamed"] = bool(values["streamed"])
     values["usage"] = None if values["usage"] is None else orjson.loads(values["usage"])
     values["sampling"] = orjson.loads(values["sampling"])
-    return Span(**values, generations=generations, findings=findings)
+    return Span(**values, generations=generations)
 
 
 def _known(error_class: str | None) -> ErrorClass | str | None:

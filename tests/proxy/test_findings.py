@@ -110,6 +110,15 @@ def test_an_answer_has_what_its_own_fields_say(name: str) -> None:
     assert found(wire, request, response) == expected
 
 
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_long_answer_has_the_same(name: str) -> None:
+    wire, request, response, expected = ANSWERS[name]
+    long = {**response, "logprobs": [0.5] * 10_000}
+    if "choices" in response:
+        long["choices"] = [{**choice, "logprobs": [0.5] * 10_000} for choice in response["choices"]]
+    assert found(wire, request, long) == expected
+
+
 def test_words_are_guessed_at_only_where_the_settings_say_which() -> None:
     sorry = chat("I'm sorry, but I cannot help.")
     assert found("chat", CHAT, sorry) == []
