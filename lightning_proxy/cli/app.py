@@ -87,6 +87,7 @@ app.command(
     epilog=_example(
         "lightning-proxy rollouts --state open",
         "lightning-proxy rollouts r-17",
+        "lightning-proxy rollouts --failed --since 24h --by role",
         "lightning-proxy rollouts --json",
     )
 )(records.rollouts)

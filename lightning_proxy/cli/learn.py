@@ -151,6 +151,9 @@ def _print_report(report: TrainReport, as_json: bool) -> None:
     for what, reasons in report.left_out.items():
         if reasons:
             typer.echo(f"  {what} left out: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items()))
+    for what, classes in report.failures.items():
+        seen = "calls with failures" if what == "calls" else f"{what} for failures"
+        typer.echo(f"  {seen}: " + ", ".join(f"{n} {name}" for name, n in classes.items()))
     if report.seconds:
         typer.echo(
             "  seconds: " + ", ".join(f"{phase} {taken:.1f}" for phase, taken in report.seconds.items())

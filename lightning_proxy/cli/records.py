@@ -22,6 +22,8 @@ from lightning_proxy.cli.common import (
     short,
     when,
 )
+from lightning_proxy.cli.failures import Part, findings_of, in_words, show_failures
+from lightning_proxy.errors import InvalidInput
 
 if TYPE_CHECKING:
     from lightning_proxy.store import Reward, Span, Store
@@ -45,15 +47,27 @@ def rollouts(
     ] = None,
     state: Annotated[State | None, typer.Option("--state", help="Only those in this state.")] = None,
     task_id: Annotated[str | None, typer.Option("--task-id", help="Only those of this task.")] = None,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="What failed: how often, since when, with examples.")
+    ] = False,
+    by: Annotated[Part | None, typer.Option("--by", help="With --failed: tell these apart.")] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", help="With --failed: only the last 24h, 30m, 7d.", metavar="TIME")
+    ] = None,
     limit: LimitOption = 20,
     json_: JsonOption = False,
     db: DbOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """List rollouts, newest first, or show one."""
+    """List rollouts, newest first, show one, or show what failed."""
     from lightning_proxy.store import RolloutState
 
+    if (by or since) and not failed:
+        raise InvalidInput("--by and --since are for --failed: lightning-proxy rollouts --failed --since 24h")
     with open_store(settings_from(config, store__db=db)) as store:
+        if failed:
+            show_failures(store, since=since, by=by, as_json=json_)
+            return
         if rollout_id is not None:
             _show_rollout(store, rollout_id, json_)
             return
@@ -81,11 +95,17 @@ def _show_rollout(store: Store, rollout_id: str, as_json: bool) -> None:
         print_json({"rollout": rollout, "spans": [_head(span) for span in spans], "rewards": rewards})
         return
     because = f" ({rollout.reason})" if rollout.reason else ""
-    typer.echo(f"rollout {rollout.rollout_id}, task {rollout.task_id or '-'}: {rollout.state.value}{because}")
+    by_what = f", {rollout.error_class.value}" if rollout.error_class else ""
+    by_what += ", presumed from its silence" if rollout.presumed else ""
+    end = f"{rollout.state.value}{by_what}{because}"
+    typer.echo(f"rollout {rollout.rollout_id}, task {rollout.task_id or '-'}: {end}")
     if rollout.incomplete:
         typer.echo(f"incomplete: {rollout.incomplete}")
     typer.echo(f"\n{len(spans)} calls")
     _print_heads(spans)
+    for span in spans:
+        for found in span.findings:
+            typer.echo(f"  span {span.span_id} {in_words(found)}")
     counting = {reward.reward_id for reward in store.counting_rewards(rollout_id)}
     typer.echo(f"\n{len(rewards)} rewards")
     print_table(
@@ -196,7 +216,8 @@ def _print_heads(spans: list[Span]) -> None:
     print_table(
         ("SPAN", "ROLLOUT", "ROLE", "MODEL", "VERSION", "STATUS", "TOKENS", "FIDELITY", "SECONDS", "AT"),
         [
-            (s.span_id, s.rollout_id, s.role, s.model, s.policy_version, s.error_class or s.status,
+            (s.span_id, s.rollout_id, s.role, s.model, s.policy_version,
+             s.error_class or findings_of(s) or s.status,
              "{}+{}".format(*("?" if n is None else n for n in _token_counts(s))), s.fidelity.value,
              f"{s.ended_at - s.started_at:.2f}", when(s.started_at))
             for s in spans
@@ -224,6 +245,8 @@ def _show_span(span: Span) -> None:
         typer.echo(f"\n[{speaker}] {text}")
     if span.error_class:
         typer.echo(f"\n[error: {span.error_class}] {span.error}")
+    for found in span.findings:
+        typer.echo(f"\n{in_words(found)}")
 
 
 def _conversation(span: Span) -> Iterator[tuple[str, str]]:

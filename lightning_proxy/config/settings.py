@@ -8,11 +8,14 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lightning_proxy.config.consequences import consequence_of
 
 
 def is_loopback(host: str) -> bool:
@@ -334,6 +337,60 @@ class GuardSettings(_Table):
     )
 
 
+class FailureSettings(_Table):
+    """What counts as a failure beyond what protocols say, and what training makes of each class."""
+
+    tool_error_patterns: tuple[str, ...] = Field(
+        default=(r"\s*Error\b", r"\s*Traceback \(most recent call last\)"),
+        description="A tool's result whose text begins like one of these regular expressions is a "
+        "`tool_failure`, beside what the protocols say.",
+    )
+    refusal_patterns: tuple[str, ...] = Field(
+        default=(),
+        description="A reply in whose first 2,000 characters one of these regular expressions is found is "
+        "a `refusal`, beside what the protocols say.",
+    )
+    loop_after: int = Field(
+        default=5,
+        ge=0,
+        description="Equal replies or requests in a row with which an agent is in a loop; 0 looks for none.",
+    )
+    silence_s: float = Field(
+        default=3600.0,
+        ge=0,
+        description="A rollout that is open, unrewarded and silent for this long after a call that failed, "
+        "or after a tool call that nobody answered, counts as failed; 0 presumes nothing.",
+    )
+    training: dict[str, str] = Field(
+        default={},
+        description="What training does with a class of failure: `train`, `mask`, `partial 0.5`, "
+        "`penalty -0.5` or `drop`. docs/failures.md has the classes and what each does by default.",
+    )
+
+    @field_validator("tool_error_patterns", "refusal_patterns")
+    @classmethod
+    def _are_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
+
+    @model_validator(mode="after")
+    def _loops_are_repetitions(self) -> Self:
+        if self.loop_after == 1:
+            raise ValueError("failures.loop_after is 1, but one reply is no loop: 2 or more, or 0 for none")
+        return self
+
+    @field_validator("training")
+    @classmethod
+    def _are_consequences(cls, training: dict[str, str]) -> dict[str, str]:
+        for name, text in training.items():
+            consequence_of(name, text)
+        return training
+
+
 class RoleSettings(_Table):
     """One agent of a multi-agent system, by what it sends. All that is given here must hold.
 
@@ -442,6 +499,7 @@ class Settings(_Table):
     engine: EngineSettings = EngineSettings()
     train: TrainSettings = TrainSettings()
     guard: GuardSettings = GuardSettings()
+    failures: FailureSettings = FailureSettings()
     upstreams: tuple[UpstreamSettings, ...] = ()
     automatic_rewards: AutomaticRewardSettings = AutomaticRewardSettings()
     roles: tuple[RoleSettings, ...] = ()

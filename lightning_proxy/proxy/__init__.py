@@ -21,6 +21,10 @@ Read ``forward.py`` first: one call, from the agent's first byte to its last.
 ``upstreams``       which endpoint takes a call, and what its wire must know of it
 ``upstream``        connections to one endpoint; which headers travel
 ``providers``       endpoints that litellm makes speak the OpenAI API
+``failures``        which class of failure a call ended in (no I/O)
+``findings``        what is wrong in calls that ended well (no I/O): ``tool_schemas``, ``tool_results``,
+                    ``loops``
+``sweep``           rollouts that died in silence
 ``recorder``        a finished call becomes a committed span
 ``hold``            calls wait here while weights change
 ``engine``          the control routes of vLLM: pause, reload, resume, probe

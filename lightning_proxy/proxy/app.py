@@ -27,6 +27,7 @@ from lightning_proxy.store import RewardRule, Store, VersionStatus, Writer
 from .attribution import api_keys
 from .auth import Guard
 from .control.access import Access
+from .control.failures import FailureRoutes
 from .control.policies import PolicyRoutes
 from .control.requests import http_status
 from .control.rewards import RewardRoutes
@@ -35,6 +36,7 @@ from .control.state import StateRoutes
 from .engine import Engine
 from .engine_process import EngineProcess
 from .exploration import Exploration
+from .findings import Findings
 from .forward import Forwarder
 from .hold import Hold
 from .keys import Attributor
@@ -42,6 +44,7 @@ from .metrics import Metrics
 from .problem import problem
 from .recorder import Recorder
 from .roles import Roles
+from .sweep import watch_for_silence
 from .switch import Switch
 from .tasks import Tasks
 from .upstream import Upstream, only_the_upstreams
@@ -117,6 +120,7 @@ def _own_routes(parts: Parts, guard: Guard) -> list[web.RouteDef]:
     of_each_kind = (
         RewardRoutes(access, parts.metrics, guard.bound_to),
         RolloutRoutes(access, parts.attributor, lambda: parts.base_url),
+        FailureRoutes(access),
         PolicyRoutes(access, parts.switch),
         StateRoutes(
             access,
@@ -168,6 +172,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         switch=switch,
         attributor=attributor,
         recorder=Recorder(writer, metrics, timeout_s=proxy.commit_timeout_s),
+        findings=Findings(settings.failures),
         metrics=metrics,
         tasks=tasks,
         hold_timeout_s=proxy.hold_timeout_s,
@@ -220,6 +225,8 @@ def _life(parts: Parts, engine_process: EngineProcess | None) -> Callable[[web.A
         await _register_model(parts)
         if engine_process is None:
             await _begin_with_active(parts)
+        silence_s = parts.settings.failures.silence_s
+        parts.tasks.spawn("silent rollouts", watch_for_silence(parts.writer, silence_s))
         yield
         await parts.tasks.close()
         await parts.upstreams.close()

@@ -10,9 +10,10 @@ from typing import TypeVar
 
 import orjson
 
-from lightning_proxy.store import Fidelity, Generation, Span
+from lightning_proxy.store import ErrorClass, Fidelity, Generation, Span
 
 from .attribution import Attribution
+from .failures import class_of_event, class_of_status
 from .redaction import answer_without_secrets, without_secrets
 from .sse import Event, SseParser
 from .wires import Prepared, Wire
@@ -110,7 +111,11 @@ class Call:
     # -- the record of it --------------------------------------------------------------------
 
     def span(
-        self, *, policy_version_end: int | None, error_class: str | None = None, error: str | None = None
+        self,
+        *,
+        policy_version_end: int | None,
+        error_class: ErrorClass | None = None,
+        error: str | None = None,
     ) -> Span:
         """The call as a span: a response, or an error where there is one."""
         if self._collector.fault is not None:
@@ -119,7 +124,7 @@ class Call:
             error_class, error = self._own_error()
         captured = None if error_class else self._unless_faulty(self._collector.captured)
         if captured is None and error_class is None:
-            error_class, error = "capture_fault", self.fault
+            error_class, error = ErrorClass.CAPTURE_FAULT, self.fault
         attribution = self.attribution
         strand = attribution.strand
         return Span(
@@ -166,17 +171,19 @@ class Call:
             return Fidelity.INCOMPLETE
         return of_answer
 
-    def _own_error(self) -> tuple[str | None, str | None]:
+    def _own_error(self) -> tuple[ErrorClass | None, str | None]:
         """The error that the answer itself holds, if it does."""
         if self.status is not None and self.status >= 400:
             text = (self._error_body or b"").decode("utf-8", "replace")
-            return ("upstream_error" if self.status >= 500 else "upstream_refused"), text
+            if self._collector.status is not None:  # the engine answered well, and what it said is refused
+                return ErrorClass.MALFORMED_TOOL_CALL, text
+            return class_of_status(self.status, text), text
         if self._collector.failed is not None:
-            return "engine_error", self._collector.failed
+            return class_of_event(self._collector.failed), self._collector.failed
         if self.fault is not None:
-            return "capture_fault", self.fault
+            return ErrorClass.CAPTURE_FAULT, self.fault
         if self.streamed and not self._collector.finished:
-            return "cut_stream", "the stream ended without a finish reason"
+            return ErrorClass.CUT_STREAM, "the stream ended without a finish reason"
         return None, None
 
 

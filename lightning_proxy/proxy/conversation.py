@@ -151,7 +151,7 @@ def chat_turns(messages: Iterable[Json]) -> list[Turn]:
         if kind is not ASSISTANT:
             turns.append(Turn(kind, _flat(message.get("content")), message.get("tool_call_id")))
             continue
-        said = _spoken(_flat(message.get("content")))
+        said = spoken(_flat(message.get("content")))
         calls = message.get("tool_calls") or ()
         for call in calls:
             function = call.get("function") or call.get("custom") or {}
@@ -184,7 +184,7 @@ def responses_turns(items: Iterable[Json]) -> list[Turn]:
         if kind == "message":
             role = _ROLES.get(item.get("role", ""), USER)
             text = _flat(item.get("content"))
-            turns.append(Turn(role, _spoken(text) if role is ASSISTANT else text))
+            turns.append(Turn(role, spoken(text) if role is ASSISTANT else text))
         elif kind == "function_call":
             turns.append(_call(item.get("name"), item.get("arguments"), item.get("call_id")))
         elif kind in ("function_call_output", "custom_tool_call_output"):
@@ -237,7 +237,7 @@ def messages_turns(messages: Iterable[Json]) -> list[Turn]:
         content = message.get("content")
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
         if message.get("role") == "assistant":
-            said = _spoken(_flat([block for block in blocks if block.get("type") == "text"]))
+            said = spoken(_flat([block for block in blocks if block.get("type") == "text"]))
             calls = [block for block in blocks if str(block.get("type")).endswith("tool_use")]
             turns += [_call(call.get("name"), call.get("input"), call.get("id"), said) for call in calls]
             if not calls:
@@ -308,16 +308,16 @@ def _part(part: object) -> str:
     return orjson.dumps(part, option=orjson.OPT_SORT_KEYS).decode()
 
 
-def _spoken(text: str) -> str:
+def spoken(text: str) -> str:
     """What the assistant said, without thoughts that the engine left in the text and outer white space."""
     return text.rpartition("</think>")[2].strip()
 
 
 def _call(name: object, arguments: object, id_: object, beside: str = "") -> Turn:
-    return Turn(CALL, f"{name}\n{_canonical(arguments)}", id_ if isinstance(id_, str) else None, beside)
+    return Turn(CALL, f"{name}\n{canonical(arguments)}", id_ if isinstance(id_, str) else None, beside)
 
 
-def _canonical(arguments: object) -> str:
+def canonical(arguments: object) -> str:
     """Tool arguments such that equal values have equal texts, however a client spelt them."""
     if arguments is None or arguments == "":
         return "{}"

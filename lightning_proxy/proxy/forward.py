@@ -12,18 +12,20 @@ import logging
 import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aiohttp
 from aiohttp import HttpVersion11, StreamReader, hdrs, web
 
-from lightning_proxy.store import Span
+from lightning_proxy.store import ErrorClass, Span
 
 from .attribution import SplitPath, split_path
 from .call import Call, parse_request
 from .encoded import EncodedAnswer
 from .encoding import decoded
 from .exploration import EXPLORED, Exploration, explored
+from .failures import class_without_answer
+from .findings import Findings
 from .hold import Hold
 from .keys import Attributor
 from .metrics import Metrics
@@ -68,6 +70,7 @@ class Forwarder:
         switch: Switch,
         attributor: Attributor,
         recorder: Recorder,
+        findings: Findings,
         metrics: Metrics,
         tasks: Tasks,
         hold_timeout_s: float,
@@ -78,6 +81,7 @@ class Forwarder:
         self._switch = switch
         self._attributor = attributor
         self._recorder = recorder
+        self._findings = findings
         self._metrics = metrics
         self._tasks = tasks
         self._websockets = WebSockets(upstreams.main.upstream, metrics, tasks)
@@ -165,7 +169,7 @@ class Forwarder:
                 answer = await self._open(request, split, call, upstream, headers)
             except (aiohttp.ClientError, TimeoutError) as error:
                 call.status = 502
-                await self._commit(call, "upstream_unreachable", str(error))
+                await self._commit(call, class_without_answer(error), str(error) or repr(error))
                 return unreachable(upstream.base, error)
             try:
                 return await self._relay(request, answer, call)
@@ -173,12 +177,14 @@ class Forwarder:
                 self._let_go(answer, call)
         except (UpstreamCut, Untranslatable) as cut:
             if not call.ended:
-                self._submit(call, "cut_stream", str(cut))
+                self._submit(call, ErrorClass.CUT_STREAM, str(cut))
             raise ConnectionResetError(f"the upstream was cut: {cut}") from cut
         except BaseException as gone:  # also the cancellation that a vanished agent causes
             if not call.ended:
-                error_class = "client_disconnect" if _agent_left(gone) else "proxy_fault"
-                self._submit(call, error_class, repr(gone))
+                left = _agent_left(gone)
+                self._submit(
+                    call, ErrorClass.CLIENT_DISCONNECT if left else ErrorClass.PROXY_FAULT, repr(gone)
+                )
             raise
 
     async def _open(
@@ -301,19 +307,22 @@ class Forwarder:
 
     # -- records -----------------------------------------------------------------------------
 
-    async def _commit(self, call: Call, error_class: str | None = None, error: str | None = None) -> None:
-        span = call.span(
-            policy_version_end=self._switch.version_of(call.policy), error_class=error_class, error=error
-        )
-        self._count(call, span)
-        await self._recorder.commit(span)
+    async def _commit(
+        self, call: Call, error_class: ErrorClass | None = None, error: str | None = None
+    ) -> None:
+        await self._recorder.commit(self._span_of(call, error_class, error))
 
-    def _submit(self, call: Call, error_class: str, error: str) -> None:
+    def _submit(self, call: Call, error_class: ErrorClass, error: str) -> None:
+        self._recorder.submit(self._span_of(call, error_class, error))
+
+    def _span_of(self, call: Call, error_class: ErrorClass | None, error: str | None) -> Span:
         span = call.span(
             policy_version_end=self._switch.version_of(call.policy), error_class=error_class, error=error
         )
+        if findings := self._findings.of(span, call.request):
+            span = replace(span, findings=findings)
         self._count(call, span)
-        self._recorder.submit(span)
+        return span
 
     def _let_go(self, answer: aiohttp.ClientResponse, call: Call) -> None:
         """Give the connection back. An answer that is not at its end is broken off, so that the
@@ -328,6 +337,8 @@ class Forwarder:
         self._metrics.count_call(call.wire.name, _status_class(call.status), span.ended_at - span.started_at)
         if span.error_class is not None:
             self._metrics.upstream_errors.labels(span.error_class).inc()
+        for found in span.findings:
+            self._metrics.findings.labels(found.error_class.value).inc()
         if call.fault is not None:
             self._metrics.capture_faults.labels("unreadable_answer").inc()
             self._recorder.mark_incomplete(span.rollout_id, f"a call could not be read: {call.fault}")

@@ -49,6 +49,12 @@ class Metrics:
             ("error_class",),
             registry=registry,
         )
+        self.findings = Counter(
+            "lightning_findings",
+            "What was found wrong in calls beside their error, by class",
+            ("error_class",),
+            registry=registry,
+        )
         self.rewards = Counter("lightning_rewards", "Rewards committed", registry=registry)
         self.swap_seconds = Histogram(
             "lightning_swap_seconds", "Length of weight changes", buckets=_SLOW, registry=registry

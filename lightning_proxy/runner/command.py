@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from lightning_proxy.errors import InvalidInput, LightningError
 from lightning_proxy.runner.client import ProxyClient
+from lightning_proxy.store.records import ErrorClass
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +61,12 @@ def run_command(argv: Sequence[str], proxy: ProxyClient, wanted: RolloutRequest 
         command = subprocess.Popen(argv, env=env)
         signals.go_to(command)
         code = command.wait()
-    state, reason = _end_state(code, signals.received)
+    end = _end_state(code, signals.received)
     try:
         proxy.request(
             "PATCH",
             f"/api/rollouts/{quote(rollout['rollout_id'], safe='')}",
-            {"state": state, "reason": reason},
+            {name: value for name, value in end.items() if value is not None},
         )
     except LightningError as error:
         log.warning("the end of rollout %s was not recorded: %s", rollout["rollout_id"], error)
@@ -121,9 +122,11 @@ class _Signals:
             self._command.send_signal(signum)
 
 
-def _end_state(code: int, received: Sequence[int]) -> tuple[str, str | None]:
+def _end_state(code: int, received: Sequence[int]) -> dict[str, str | None]:
+    """What is told of the end. The proxy adds what the last calls met: that may be the root cause."""
     if stopped := [signum for signum in received if signum in _STOPPING]:
-        return "cancelled", f"stopped by {signal.Signals(stopped[0]).name}"
-    if code < 0:
-        return "failed", f"killed by {signal.Signals(-code).name}"
-    return ("succeeded", None) if code == 0 else ("failed", f"exit code {code}")
+        return {"state": "cancelled", "reason": f"stopped by {signal.Signals(stopped[0]).name}"}
+    if code == 0:
+        return {"state": "succeeded", "reason": None}
+    reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return {"state": "failed", "reason": reason, "error_class": ErrorClass.AGENT_CRASH.value}

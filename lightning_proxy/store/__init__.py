@@ -12,6 +12,8 @@ tables), then the part that you are after::
     policies.py     versions of policies: staged, active, retired, rejected
     runs.py         training runs: leases, draining, committing
     judgements.py   which rollouts automatic rewards were entered for
+    causes.py       why a rollout failed: the root cause (no SQL)
+    failures.py     failed rollouts, silent ones, failures in numbers
     store.py        `Store`, all of the above in one class, with the lists and counts across them
     json_view.py    records as JSON values
     writer.py       `Writer`, the one writer thread of an asyncio process, with group commit
@@ -20,15 +22,21 @@ May import ``errors`` and nothing else of this package. sqlite-utils is imported
 database is made or migrated.
 """
 
+from lightning_proxy.store.causes import failed_by_infrastructure, last_call, root_cause
+from lightning_proxy.store.failures import By, seconds_of
 from lightning_proxy.store.json_view import as_json
 from lightning_proxy.store.judgements import Unjudged
 from lightning_proxy.store.records import (
+    INFRASTRUCTURE,
     Attempt,
     Backlog,
     Companion,
     ConversationEnd,
     ErrorClass,
+    FailureExample,
+    FailureSummary,
     Fidelity,
+    Finding,
     Generation,
     KeyOwner,
     PolicyVersion,
@@ -47,12 +55,17 @@ from lightning_proxy.store.store import Store
 from lightning_proxy.store.writer import Writer
 
 __all__ = [
+    "INFRASTRUCTURE",
     "Attempt",
     "Backlog",
+    "By",
     "Companion",
     "ConversationEnd",
     "ErrorClass",
+    "FailureExample",
+    "FailureSummary",
     "Fidelity",
+    "Finding",
     "Generation",
     "KeyOwner",
     "PolicyVersion",
@@ -70,4 +83,8 @@ __all__ = [
     "VersionStatus",
     "Writer",
     "as_json",
+    "failed_by_infrastructure",
+    "last_call",
+    "root_cause",
+    "seconds_of",
 ]

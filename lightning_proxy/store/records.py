@@ -26,8 +26,9 @@ class Fidelity(StrEnum):
 class ErrorClass(StrEnum):
     """What went wrong, of a call, of what a call holds, or of a whole attempt.
 
-    A span that ended in an error has one of the first group. The second group is found in calls that
-    ended well. The third says why an attempt or a rollout failed, which may also be one of the others.
+    A span that ended in an error has one of the first group (or ``MALFORMED_TOOL_CALL``, where the API has
+    no way to say the call that the model made). The second group is found in calls that ended well. The
+    third says why an attempt or a rollout failed, which may also be one of the others.
     """
 
     UPSTREAM_UNREACHABLE = "upstream_unreachable"  # no connection, or none that gave an answer
@@ -50,6 +51,23 @@ class ErrorClass(StrEnum):
     AGENT_CRASH = "agent_crash"  # its command ended with a code other than 0, or by a signal
     AGENT_LOOP = "agent_loop"  # the agent repeats itself
     SILENT_DEATH = "silent_death"  # neither a call nor a heartbeat for too long
+
+
+# What nobody can learn from: faults of engine, network or proxy. They never count against the policy.
+INFRASTRUCTURE = frozenset(
+    (
+        ErrorClass.UPSTREAM_UNREACHABLE,
+        ErrorClass.UPSTREAM_ERROR,
+        ErrorClass.UPSTREAM_REFUSED,
+        ErrorClass.RATE_LIMITED,
+        ErrorClass.TIMEOUT,
+        ErrorClass.ENGINE_ERROR,
+        ErrorClass.CUT_STREAM,
+        ErrorClass.CLIENT_DISCONNECT,
+        ErrorClass.CAPTURE_FAULT,
+        ErrorClass.PROXY_FAULT,
+    )
+)
 
 
 class RolloutState(StrEnum):
@@ -97,6 +115,15 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """Something wrong in a call that is no error of the call itself."""
+
+    error_class: ErrorClass
+    detail: str  # what was found, in words
+    call_id: str | None = None  # the tool call that it is about: what failed may be an earlier call's doing
+
+
+@dataclass(frozen=True, slots=True)
 class Span:
     """One recorded model call, ending in a response or an error, never both."""
 
@@ -120,7 +147,7 @@ class Span:
     status: int | None = None  # HTTP status the agent saw; None: no response at all
     response_id: str | None = None
     response: bytes | None = None  # JSON, assembled where it was streamed; None on error
-    error_class: str | None = None
+    error_class: ErrorClass | str | None = None  # a text only where the row is of before there were classes
     error: str | None = None
     usage: Mapping[str, Any] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)  # temperature, top_p, ...
@@ -128,6 +155,7 @@ class Span:
     retry: int = 0  # tries of the same call before this one, as the client's SDK says
     # Digest of messages and reply, where the conversation may be needed to attribute a later call.
     conversation: bytes | None = None
+    findings: tuple[Finding, ...] = ()  # beside a response or an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +168,8 @@ class Rollout:
     created_at: float = 0.0
     ended_at: float | None = None
     reason: str | None = None  # why it ended as it did
-    error_class: ErrorClass | None = None  # why it failed
+    error_class: ErrorClass | None = None  # why it failed: the root cause
+    presumed: bool = False  # nobody told that it ended: that was concluded from its silence
     incomplete: str | None = None  # why capture is known to have lost a span of it; None: whole
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -263,6 +292,30 @@ class RolloutSummary:
     errors: int  # spans that ended in an error
     reward: float | None  # its return, of its last attempt (returns.py); None: it has none
     last_span_at: float | None  # when its newest span ended
+
+
+@dataclass(frozen=True, slots=True)
+class FailureExample:
+    """One call (``span_id`` set) or rollout that failed."""
+
+    at: float
+    rollout_id: str
+    span_id: int | None
+    message: str | None  # the upstream's error, what was found, or the rollout's reason
+
+
+@dataclass(frozen=True, slots=True)
+class FailureSummary:
+    """One class of failure over a stretch of time."""
+
+    error_class: str
+    part: str | None  # role, model or policy version, where these are told apart
+    calls: int  # that ended in it, or hold it
+    rollouts: int  # with such a call, or that failed by it
+    failed_rollouts: int  # that failed by it
+    share: float  # of all calls of that time
+    first: FailureExample
+    last: FailureExample
 
 
 @dataclass(frozen=True, slots=True)

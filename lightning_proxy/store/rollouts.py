@@ -107,11 +107,14 @@ class Rollouts(Connection):
         state: RolloutState,
         reason: str | None = None,
         error_class: ErrorClass | None = None,
+        *,
+        presumed: bool = False,
     ) -> Rollout:
         """End a rollout and its last attempt; ending it the same way again changes nothing.
 
-        Raises ``UnknownTarget``, ``Conflict`` where it has ended otherwise, ``InvalidInput`` for ``OPEN``
-        and for a success with an ``error_class``.
+        ``presumed``: nobody told that it ended. Whoever does so later has the last word. Raises
+        ``UnknownTarget``, ``Conflict`` where it has ended otherwise, ``InvalidInput`` for ``OPEN`` and for a
+        success with an ``error_class``.
         """
         if state is RolloutState.OPEN:
             raise InvalidInput("a rollout ends as succeeded, failed or cancelled; open is where it starts")
@@ -123,14 +126,14 @@ class Rollouts(Connection):
         now = time.time()
         with self.transaction():
             present = self.get_rollout(rollout_id)
-            if present.state is state:
+            if present.state is state and not present.presumed:
                 return present
-            if present.state is not RolloutState.OPEN:
+            if present.state is not RolloutState.OPEN and (presumed or not present.presumed):
                 raise Conflict(f"rollout {rollout_id!r} has already ended as {present.state.value}")
             self.connection.execute(
-                "UPDATE rollouts SET state = ?, ended_at = ?, reason = ?, error_class = ? "
+                "UPDATE rollouts SET state = ?, ended_at = ?, reason = ?, error_class = ?, presumed = ? "
                 "WHERE rollout_id = ?",
-                (state.value, now, reason, failure, rollout_id),
+                (state.value, now, reason, failure, presumed, rollout_id),
             )
             self.connection.execute(
                 "UPDATE attempts SET state = ?, ended_at = ?, reason = ?, error_class = ? "
@@ -170,6 +173,7 @@ def rollout_from(row: sqlite3.Row) -> Rollout:
         ended_at=row["ended_at"],
         reason=row["reason"],
         error_class=error_class_from(row["error_class"]),
+        presumed=bool(row["presumed"]),
         incomplete=row["incomplete"],
         metadata=orjson.loads(row["metadata"]),
     )

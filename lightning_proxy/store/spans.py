@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -12,7 +13,7 @@ import orjson
 from lightning_proxy.errors import UnknownTarget
 from lightning_proxy.store.connection import translated
 from lightning_proxy.store.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
-from lightning_proxy.store.records import ConversationEnd, Fidelity, Generation, Span
+from lightning_proxy.store.records import ConversationEnd, ErrorClass, Fidelity, Finding, Generation, Span
 from lightning_proxy.store.rollouts import Rollouts, encode
 
 # Constant texts, so that SQLite's statements stay prepared in the connection's cache.
@@ -25,6 +26,9 @@ INSERT INTO spans (
 _ADD_GENERATION = """
 INSERT INTO generations (span_id, choice, finish_reason, prompt_token_ids, response_token_ids, logprobs)
 VALUES (?, ?, ?, ?, ?, ?)"""
+_ADD_FINDING = "INSERT INTO findings (span_id, error_class, detail, call_id, at) VALUES (?, ?, ?, ?, ?)"
+_FINDINGS = """
+SELECT * FROM findings WHERE span_id IN (SELECT value FROM json_each(?)) ORDER BY rowid"""
 _GENERATIONS = """
 SELECT * FROM generations WHERE span_id IN (SELECT value FROM json_each(?)) ORDER BY span_id, choice"""
 
@@ -90,7 +94,7 @@ class Spans(Rollouts):
                 span.status,
                 span.response_id,
                 span.fidelity.value,
-                span.error_class,
+                None if span.error_class is None else str(span.error_class),
                 span.error,
                 encode(span.usage) if span.usage is not None else None,
                 encode(span.sampling) if span.sampling else "{}",
@@ -113,6 +117,8 @@ class Spans(Rollouts):
                     pack_logprobs(generation.logprobs),
                 ),
             )
+        if span.findings:
+            self._add_findings(span_id, span)
         return span_id
 
     def get_span(self, span_id: int) -> Span:
@@ -180,13 +186,42 @@ class Spans(Rollouts):
                     finish_reason=row["finish_reason"],
                 )
             )
-        return [_span_from(row, tuple(generations[row["span_id"]])) for row in rows]
+        return self._with_findings([_span_from(row, tuple(generations[row["span_id"]])) for row in rows])
+
+    def _add_findings(self, span_id: int, span: Span) -> None:
+        self.connection.executemany(
+            _ADD_FINDING,
+            [
+                (span_id, one.error_class.value, one.detail, one.call_id, span.ended_at)
+                for one in span.findings
+            ],
+        )
+
+    def _with_findings(self, spans: list[Span]) -> list[Span]:
+        """The spans with what was found in them: few have anything."""
+        found: defaultdict[int | None, list[Finding]] = defaultdict(list)
+        for row in self.rows(_FINDINGS, (orjson.dumps([span.span_id for span in spans]).decode(),)):
+            kind = ErrorClass(row["error_class"])
+            found[row["span_id"]].append(Finding(kind, row["detail"], row["call_id"]))
+        return [
+            replace(span, findings=tuple(found[span.span_id])) if span.span_id in found else span
+            for span in spans
+        ]
 
 
 def _span_from(row: sqlite3.Row, generations: tuple[Generation, ...]) -> Span:
     values = dict(row)
+    values["error_class"] = _known(values["error_class"])
     values["fidelity"] = Fidelity(values["fidelity"])
     values["streamed"] = bool(values["streamed"])
     values["usage"] = None if values["usage"] is None else orjson.loads(values["usage"])
     values["sampling"] = orjson.loads(values["sampling"])
     return Span(**values, generations=generations)
+
+
+def _known(error_class: str | None) -> ErrorClass | str | None:
+    """The class that a text names; the text itself where there is no such class (any more)."""
+    try:
+        return None if error_class is None else ErrorClass(error_class)
+    except ValueError:
+        return error_class

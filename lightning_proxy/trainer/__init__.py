@@ -6,6 +6,7 @@ the data goes:
 
 ``automatic``     rewards from the traffic itself, by ``findings`` and by the user's function (``judged``)
 ``transitions``   a recorded rollout -> one transition per generation; what is left out, counted
+``failures``      what failures do: rollouts dropped, calls masked, scaled or penalised
 ``groups``        which rollouts are compared with one another (GRPO's group)
 ``credit``        what each transition is credited with of its rollout's return
 ``advantages``    credit relative to the group, once per rollout

@@ -30,7 +30,7 @@ class AdvantageEstimator(Protocol):
 def assign(
     groups: Sequence[Sequence[TrainableRollout]], *, credit: Credit, estimator: AdvantageEstimator
 ) -> list[TrainableRollout]:
-    """The rollouts of all groups with credit and advantage on each transition.
+    """The rollouts of all groups with credit and advantage (its ``part`` of it) on each transition.
 
     Those that are ``baseline_only`` count in their group's statistics and are left out of what is returned.
     Raises ``TrainingError`` where the estimator gives something that is not finite.
@@ -43,7 +43,10 @@ def assign(
         raise TrainingError("the advantage estimator gave a value that is not finite")
     return [
         replace(
-            rollout, transitions=tuple(replace(each, advantage=float(value)) for each in rollout.transitions)
+            rollout,
+            transitions=tuple(
+                replace(each, advantage=float(value) * each.part) for each in rollout.transitions
+            ),
         )
         for rollout, value in zip(rollouts, advantages_R, strict=True)
         if not rollout.baseline_only

@@ -14,9 +14,8 @@ from typing import Any
 
 from lightning_proxy.config.settings import AutomaticRewardSettings
 from lightning_proxy.store import ErrorClass, RolloutState, Span, Store, Unjudged
-from lightning_proxy.trainer.findings import findings_of
+from lightning_proxy.trainer.failures import classes_of
 from lightning_proxy.trainer.judged import Judge, as_plain, load_judge
-from lightning_proxy.trainer.transitions import superseded
 
 SOURCE = "automatic"
 _MOST_TOLD = 10  # failures of the user's function that are told one by one
@@ -90,24 +89,14 @@ class AutomaticRewards:
 
     def _of_calls(self, spans: Sequence[Span]) -> Iterator[dict[str, Any]]:
         """Once for each call and kind, whatever the number of findings."""
-        if not self._by_finding:
-            return
-        found: dict[tuple[str, int], float] = {}
-        unseen = superseded(spans)
-        for position, span in enumerate(spans):
-            if position in unseen:
-                continue
-            for finding in findings_of(span):
-                if finding.error_class in self._by_finding:
-                    name, value = self._by_finding[finding.error_class]
-                    blamed = span
-                    if finding.error_class is ErrorClass.TOOL_FAILURE:
-                        blamed = _caller(spans[:position], finding.call_id) or span
-                    assert blamed.span_id is not None  # read from the store
-                    found[name, blamed.span_id] = value
-        for (name, span_id), value in found.items():
-            key = f"{SOURCE}:{name}:{span_id}"
-            yield {"span_id": span_id, "name": name, "value": value, "source": SOURCE, "idempotency_key": key}
+        for position, classes in classes_of(spans).items():
+            for error_class in self._by_finding.keys() & set(classes):
+                name, value = self._by_finding[error_class]
+                span_id = spans[position].span_id
+                yield {
+                    "span_id": span_id, "name": name, "value": value, "source": SOURCE,
+                    "idempotency_key": f"{SOURCE}:{name}:{span_id}",
+                }  # fmt: skip
 
     def _of_the_end(self, each: Unjudged) -> Iterator[dict[str, Any]]:
         """How the command ended, as the runner records it; one that was stopped says nothing."""
@@ -132,12 +121,3 @@ def _for_attempt(each: Unjudged, name: str, value: float) -> dict[str, Any]:
         "rollout_id": each.rollout_id, "attempt": each.attempt, "name": name, "value": value,
         "source": SOURCE, "idempotency_key": key,
     }  # fmt: skip
-
-
-def _caller(before: Sequence[Span], call_id: str | None) -> Span | None:
-    """The call whose answer asked for the tool: the one that has its id, else the last one."""
-    well = [span for span in reversed(before) if span.error_class is None]
-    for span in well:
-        if call_id and call_id.encode() in (span.response or b""):
-            return span
-    return well[0] if well else None

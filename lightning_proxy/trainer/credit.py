@@ -11,9 +11,11 @@ Credit = Callable[[TrainableRollout], tuple[Transition, ...]]
 
 
 def identical(rollout: TrainableRollout) -> tuple[Transition, ...]:
-    """Every transition is credited with the whole return: ``r_t = R`` for all t.
+    """Every transition is credited with the whole return: ``r_t = R`` for all t (its ``part`` of it).
 
     The credit assignment of LightningRL as published (arXiv 2508.03680). It assumes that all calls
     of a rollout share in its outcome alike; it is not a return-to-go and does not discount.
     """
-    return tuple(replace(transition, credit=rollout.value) for transition in rollout.transitions)
+    return tuple(
+        replace(transition, credit=rollout.value * transition.part) for transition in rollout.transitions
+    )

@@ -92,5 +92,6 @@ def group_of(rollout: TrainableRollout) -> Group:
     """
     if rollout.task_id is not None:
         return Group(BY_TASK, rollout.task_id)
-    prompt = rollout.transitions[0].prompt_ids.tobytes()
-    return Group(BY_PROMPT, hashlib.sha256(prompt).hexdigest()[:32])
+    first = rollout.first_prompt_ids
+    prompt = rollout.transitions[0].prompt_ids if first is None else first
+    return Group(BY_PROMPT, hashlib.sha256(prompt.tobytes()).hexdigest()[:32])

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from lightning_proxy.errors import ConfigError
 from lightning_proxy.store import Reward, Rollout, Span
-from lightning_proxy.trainer.findings import findings_of, parsed
 
 Judge = Callable[[dict[str, Any]], Mapping[str, float]]
 
@@ -85,16 +86,16 @@ def _call(span: Span) -> dict[str, Any]:
         "wire": span.wire,
         "model": span.model,
         "policy_version": span.policy_version,
-        "request": parsed(span.request),
-        "response": parsed(span.response) if span.response is not None else None,
+        "request": _parsed(span.request),
+        "response": _parsed(span.response) if span.response is not None else None,
         "error_class": None if span.error_class is None else str(span.error_class),
-        "findings": sorted({finding.error_class.value for finding in findings_of(span)}),
+        "findings": sorted({finding.error_class.value for finding in span.findings}),
     }
 
 
 def _conversation(span: Span) -> tuple[list[Any], str]:
     """The messages of a call with the reply behind them, in its own API's form, and the reply's text."""
-    request, response = parsed(span.request), parsed(span.response)
+    request, response = _parsed(span.request), _parsed(span.response)
     before = request.get("messages") or request.get("input") or request.get("prompt") or []
     messages = list(before) if isinstance(before, list) else [{"role": "user", "content": before}]
     if "output" in response:  # Responses
@@ -106,6 +107,15 @@ def _conversation(span: Span) -> tuple[list[Any], str]:
     choice: dict[str, Any] = next(iter(response.get("choices") or ()), {})
     message = choice.get("message") or {"role": "assistant", "content": choice.get("text")}
     return [*messages, message], _text(message.get("content"))
+
+
+def _parsed(body: bytes | None) -> dict[str, Any]:
+    """A stored body; empty where it is no JSON object."""
+    try:
+        value = orjson.loads(body or b"{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _text(content: Any) -> str:

@@ -30,6 +30,7 @@ class TrainReport:
     the rollouts, those that an earlier run trained on for another return; ``baseline_only``: others of
     their groups, compared with and not trained on.
     ``left_out``: ``{"rollouts": {reason: n}, "calls": {reason: n}}`` (reasons: ``transitions.Reason``).
+    ``failures``: what was seen and done by class of failure (``failures.FailureCounts``).
     ``metrics``: means over the optimiser's steps, and those of the first step under ``first``.
     ``logprob_difference``: engine's against trainer's logprobs of tokens sampled by the parent
     version, before the update: ``max, mean, tokens``; ``None`` where there were no such tokens.
@@ -44,6 +45,7 @@ class TrainReport:
     resumed_version: int | None = None  # staged by an earlier pass, promoted by this one
     counts: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    failures: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     grouped_by: Mapping[str, int] = field(default_factory=dict)  # method -> rollouts
     policy_versions: Mapping[str, int] = field(default_factory=dict)  # version that sampled -> transitions
     drift: Mapping[str, int] = field(default_factory=dict)  # calls by how they go on from earlier ones

@@ -27,6 +27,7 @@ from lightning_proxy.trainer.backend import Backend, estimator, open_backend
 from lightning_proxy.trainer.batches import Floats, Rows, pack, split_mini_batches, weigh
 from lightning_proxy.trainer.credit import identical
 from lightning_proxy.trainer.drift import drifts
+from lightning_proxy.trainer.failures import Consequences
 from lightning_proxy.trainer.groups import Grouping, form_groups
 from lightning_proxy.trainer.guard import Collapse, Look
 from lightning_proxy.trainer.lease import Lease
@@ -368,8 +369,13 @@ class Pass:
         values = [each.value for each in recorded if each.value is not None]
         self._update(reward_mean=float(np.mean(values)) if values else None)
         left_out = LeftOut()
-        rollouts = trainable_rollouts(recorded, self._terms(parent), left_out)
-        self._update(rewards=_spread([each.value for each in rollouts if _made_by(each, parent)]))
+        consequences = Consequences(self.settings.failures.training, self.policy, left_out)
+        rollouts = trainable_rollouts(consequences.keep(recorded), self._terms(parent), left_out)
+        rollouts = consequences.apply(rollouts)
+        self._update(
+            failures=consequences.counts.as_dict(),
+            rewards=_spread([each.value for each in rollouts if _made_by(each, parent)]),
+        )
         # A full drain must not be blocked for ever by groups that never grow.
         may_wait = len(recorded) < train.max_rollouts
         grouping = form_groups(rollouts, min_size=train.min_group_size, may_wait=may_wait, left_out=left_out)

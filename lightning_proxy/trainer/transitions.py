@@ -77,6 +77,7 @@ class Transition:
     policy_version_end: int | None = None  # when its last token was made
     next_prompt_ids: array[int] | None = None
     group: Group | None = None
+    part: float = 1.0  # of credit and advantage that it gets; less than 1 for some failures (``failures``)
     credit: float | None = None
     advantage: float | None = None
 
@@ -102,6 +103,7 @@ class TrainableRollout:
     again: bool = False  # trained on before, for another return
     companions: tuple[Companion, ...] = ()  # where again: its former group's returns
     baseline_only: bool = False
+    first_prompt_ids: array[int] | None = None  # where that call may be none of the transitions
 
     @property
     def trained_tokens(self) -> int:

@@ -168,5 +168,8 @@ def test_an_agent_that_crashes_is_recorded_as_failed(
     assert (result.answer, result.error) == (None, "the agent ended with 1")
     with proxy.store() as store:
         rollout = store.get_rollout(result.rollout_id)
-    assert (rollout.state.value, rollout.reason) == ("failed", "the agent ended with 1")
+    assert (rollout.state.value, rollout.error_class) == ("failed", "upstream_refused")
+    assert (rollout.reason or "").startswith(
+        "the agent ended with 1; its last call ended in upstream_refused"
+    )
     assert "BadRequestError" in log.read_text()

@@ -275,7 +275,7 @@ def test_the_metrics_count_what_happened(engine: EngineThread, proxy: ProxyThrea
         'lightning_calls_total{status="2xx",wire="other"}': 1,
         'lightning_spans_total{fidelity="exact",wire="chat"}': 2,
         'lightning_spans_total{fidelity="incomplete",wire="chat"}': 1,
-        'lightning_upstream_errors_total{error_class="upstream_refused"}': 1,
+        'lightning_upstream_errors_total{error_class="rate_limited"}': 1,
         "lightning_call_seconds_count": 3,
         "lightning_commit_seconds_count": 3,
         "lightning_policy_version": 0,

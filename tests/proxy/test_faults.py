@@ -259,7 +259,7 @@ def test_an_error_event_inside_a_stream_is_an_error_on_record(
 
 @pytest.mark.parametrize(
     ("status", "error_class"),
-    [(400, "upstream_refused"), (429, "upstream_refused"), (500, "upstream_error")],
+    [(400, "upstream_refused"), (429, "rate_limited"), (500, "upstream_error")],
 )
 def test_an_error_of_the_engine_is_on_record_with_what_it_said(
     engine: EngineThread, proxy: ProxyThread, status: int, error_class: str

@@ -206,7 +206,7 @@ def test_a_refusal_of_chat_is_put_into_the_words_of_messages(
     answer = send(proxy.url, MESSAGES, body_of({}, stream), [*JSON, *script.to_header().items()])
     assert (answer.status, answer.header("retry-after"), answer.header("request-id")) == (429, "7", "q")
     assert (answer.json if expected else answer.body) == (expected or body.encode())
-    assert recorded(proxy)[0].error_class == "upstream_refused"
+    assert recorded(proxy)[0].error_class == "rate_limited"
 
 
 def test_arguments_that_are_no_json_are_refused_as_by_the_engine_and_kept_as_tokens(
@@ -218,7 +218,7 @@ def test_arguments_that_are_no_json_are_refused_as_by_the_engine_and_kept_as_tok
     message = "Expecting value: line 1 column 7 (char 6)"
     assert answer.json == {"type": "error", "error": {"type": "BadRequestError", "message": message}}
     (span,) = recorded(proxy)
-    assert (span.status, span.error_class, span.fidelity) == (400, "upstream_refused", Fidelity.INCOMPLETE)
+    assert (span.status, span.error_class, span.fidelity) == (400, "malformed_tool_call", Fidelity.INCOMPLETE)
     assert len(span.generations) == 1
 
 

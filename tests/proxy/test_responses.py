@@ -210,7 +210,9 @@ def test_a_request_that_is_refused_is_refused_as_the_agent_wrote_it(
     assert through.end_to_end == straight.end_to_end
     assert (engine.calls[-1].path, engine.calls[-1].body) == (PATH, body)
     span = recorded(proxy)[0]
-    assert (span.error_class, span.status) == ("upstream_refused", straight.status)
+    too_long = "max_output_tokens" in wrong
+    error_class = "context_overflow" if too_long else "upstream_refused"
+    assert (span.error_class, span.status) == (error_class, straight.status)
 
 
 def test_an_engine_that_takes_none_of_our_questions_gets_none(

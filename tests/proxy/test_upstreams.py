@@ -189,7 +189,7 @@ def test_a_providers_refusal_keeps_its_status_and_its_advice(
     assert (answer.status, answer.header("retry-after")) == (429, "7")
     assert "scripted" in answer.json["error"]["message"]
     span = recorded(proxy)[0]
-    assert (span.error_class, span.status) == ("upstream_refused", 429)
+    assert (span.error_class, span.status) == ("rate_limited", 429)
 
 
 def test_a_providers_stream_that_breaks_off_breaks_off_for_the_agent(

@@ -79,7 +79,7 @@ def python(program: str) -> list[str]:
 def end_of(proxy: FakeProxy) -> tuple[str, str | None]:
     method, path, body, _ = proxy.requests[-1]
     assert (method, path) == ("PATCH", "/api/rollouts/r-1")
-    return body["state"], body["reason"]
+    return body["state"], body.get("reason")
 
 
 def test_a_command_that_succeeds_ends_its_rollout_succeeded(proxy: FakeProxy) -> None:
@@ -94,12 +94,14 @@ def test_a_failing_command_gives_its_exit_code_to_us_and_to_the_rollout(proxy: F
     assert run_command(python("raise SystemExit(3)"), ProxyClient(proxy.url)) == 3
     assert proxy.requests[0][2] == {}
     assert end_of(proxy) == ("failed", "exit code 3")
+    assert proxy.requests[-1][2]["error_class"] == "agent_crash"
 
 
 def test_a_command_that_is_killed_fails_its_rollout(proxy: FakeProxy) -> None:
     program = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert run_command(python(program), ProxyClient(proxy.url)) == 128 + signal.SIGKILL
     assert end_of(proxy) == ("failed", "killed by SIGKILL")
+    assert proxy.requests[-1][2]["error_class"] == "agent_crash"
 
 
 def test_the_command_finds_the_proxy_through_its_environment(proxy: FakeProxy, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from lightning_proxy.config import Settings
 from lightning_proxy.config.settings import PolicySettings, StoreSettings, TrainSettings
 from lightning_proxy.errors import ConfigError
-from lightning_proxy.store import Reward, RolloutState, Store
+from lightning_proxy.store import ErrorClass, Finding, Reward, RolloutState, Store
 from lightning_proxy.trainer.automatic import AutomaticRewards, Entered
 from lightning_proxy.trainer.report import Outcome
 from lightning_proxy.trainer.run import train_once
@@ -36,9 +36,11 @@ def enter(store: Store, **given: object) -> tuple[Entered, list[str]]:
     return automatic.enter(POLICY, lines.append), lines
 
 
-def call(store: Store, rollout_id: str, request: Any = None, response: Any = None, **changes: Any) -> int:
+def call(
+    store: Store, rollout_id: str, *found: Finding, request: Any = None, response: Any = None, **changes: Any
+) -> int:
     bodies = {"request": orjson.dumps(request or {}), "response": orjson.dumps(response or {})}
-    return store.add_span(span(rollout_id, generation([1], [2]), **bodies, **changes))
+    return store.add_span(span(rollout_id, generation([1], [2]), **bodies, findings=found, **changes))
 
 
 def asking(call_id: str) -> dict[str, Any]:
@@ -48,21 +50,9 @@ def asking(call_id: str) -> dict[str, Any]:
     }
 
 
-def bringing(call_id: str, content: str) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "user", "content": "go"},
-            {"role": "assistant", "tool_calls": [{"id": call_id}]},
-            {"role": "tool", "tool_call_id": call_id, "content": content},
-        ]
-    }
-
-
-def cut(**changes: Any) -> dict[str, Any]:
-    return {
-        "choices": [{"finish_reason": "length", "message": {"role": "assistant", "content": "42"}}],
-        **changes,
-    }
+FAILED_TOOL = Finding(ErrorClass.TOOL_FAILURE, "Error: no such table", "c1")
+CUT = Finding(ErrorClass.TRUNCATED, "it ended at its token limit")
+MALFORMED = Finding(ErrorClass.MALFORMED_TOOL_CALL, "there is no tool 'query'", "c1")
 
 
 def entries(store: Store, rollout_id: str = "r") -> list[tuple[str, float | None, int | None, int | None]]:
@@ -70,7 +60,7 @@ def entries(store: Store, rollout_id: str = "r") -> list[tuple[str, float | None
 
 
 def test_nothing_is_entered_unless_it_is_asked_for(store: Store) -> None:
-    call(store, "r", None, cut())
+    call(store, "r", CUT)
     store.finish_rollout("r", RolloutState.FAILED)
     automatic = AutomaticRewards(settings().automatic_rewards, store)
     assert not automatic.on
@@ -78,10 +68,10 @@ def test_nothing_is_entered_unless_it_is_asked_for(store: Store) -> None:
 
 
 def test_a_failed_tool_is_held_against_the_call_that_asked_for_it(store: Store) -> None:
-    asked = call(store, "r", None, asking("c1"))
-    call(store, "r", {"messages": []}, {"choices": []})  # another agent of the same rollout
-    call(store, "r", bringing("c1", "Error: no such table"))
-    call(store, "r", bringing("c1", "Error: no such table"), started_at=2e9, ended_at=2e9)  # once a call
+    asked = call(store, "r", response=asking("c1"))
+    call(store, "r", response={"choices": []})  # another agent of the same rollout
+    call(store, "r", FAILED_TOOL)
+    call(store, "r", FAILED_TOOL, started_at=2e9, ended_at=2e9)  # once a call
     store.finish_rollout("r", RolloutState.SUCCEEDED)
     assert enter(store, tool_error=-0.25)[0] == Entered(judged=1, rewards=1)
     assert entries(store) == [("tool_error", -0.25, asked, None)]
@@ -90,8 +80,8 @@ def test_a_failed_tool_is_held_against_the_call_that_asked_for_it(store: Store) 
 
 
 def test_truncation_and_malformed_tool_calls_are_held_against_their_own_call(store: Store) -> None:
-    first = call(store, "r", None, cut())
-    second = call(store, "r", {"tools": [{"function": {"name": "other"}}]}, asking("c1"))
+    first = call(store, "r", CUT)
+    second = call(store, "r", MALFORMED)
     store.add_span(failed_span("r"))
     store.finish_rollout("r", RolloutState.SUCCEEDED)
     enter(store, truncated=-1, malformed_tool_call=-0.5)
@@ -102,8 +92,8 @@ def test_truncation_and_malformed_tool_calls_are_held_against_their_own_call(sto
 
 
 def test_a_try_that_was_superseded_is_not_held_against_anybody(store: Store) -> None:
-    call(store, "r", {"n": 1}, cut())
-    call(store, "r", {"n": 1}, {"choices": []}, retry=1)
+    call(store, "r", CUT, request={"n": 1})
+    call(store, "r", request={"n": 1}, response={"choices": []}, retry=1)
     store.finish_rollout("r", RolloutState.SUCCEEDED)
     assert enter(store, truncated=-1)[0].rewards == 0
 
@@ -124,7 +114,7 @@ def test_the_exit_code_rewards_the_attempt(store: Store, state: RolloutState, ex
 
 
 def test_they_are_entered_once_however_often_a_pass_begins(store: Store) -> None:
-    call(store, "r", None, cut())
+    call(store, "r", CUT)
     store.finish_rollout("r", RolloutState.FAILED)
     assert enter(store, truncated=-1, exit_code=True)[0] == Entered(judged=1, rewards=2)
     assert enter(store, truncated=-1, exit_code=True)[0] == Entered()
@@ -133,7 +123,7 @@ def test_they_are_entered_once_however_often_a_pass_begins(store: Store) -> None
 
 
 def test_a_correction_of_one_stays(store: Store) -> None:
-    span_id = call(store, "r", None, cut())
+    span_id = call(store, "r", CUT)
     store.finish_rollout("r", RolloutState.FAILED)
     enter(store, truncated=-1)
     store.add_reward(value=0.0, span_id=span_id, name="truncated", source="reviewer")
@@ -145,7 +135,7 @@ def test_an_open_rollout_waits_until_it_is_quiet_or_rewarded(store: Store) -> No
     now = time.time()
     for rollout_id in ("talking", "quiet", "rewarded"):
         ended = now - 1000 if rollout_id == "quiet" else now
-        call(store, rollout_id, None, cut(), started_at=ended, ended_at=ended)
+        call(store, rollout_id, CUT, started_at=ended, ended_at=ended)
     store.add_reward(value=1.0, rollout_id="rewarded")
     assert enter(store, truncated=-1, quiet_s=100)[0] == Entered(judged=2, rewards=2)
     assert entries(store, "talking") == []
@@ -153,9 +143,9 @@ def test_an_open_rollout_waits_until_it_is_quiet_or_rewarded(store: Store) -> No
 
 def test_a_rollout_that_went_on_is_judged_again(store: Store, tmp_path: Path) -> None:
     function = write(tmp_path, "def calls(rollout): return len(rollout['calls'])")
-    call(store, "r", None, cut(), started_at=1.0, ended_at=1.0)
+    call(store, "r", CUT, started_at=1.0, ended_at=1.0)
     enter(store, truncated=-1, function=function, exit_code=True)
-    call(store, "r", None, cut(), started_at=2.0, ended_at=2.0)
+    call(store, "r", CUT, started_at=2.0, ended_at=2.0)
     enter(store, truncated=-1, function=function, exit_code=True)
     store.finish_rollout("r", RolloutState.SUCCEEDED)
     enter(store, truncated=-1, function=function, exit_code=True)
@@ -186,7 +176,12 @@ def test_a_function_is_given_the_rollout_as_plain_values(
 ) -> None:
     store.create_rollout(rollout_id="r", task_id="t", metadata={"answer": "42"})
     messages = [{"role": "user", "content": "6 times 7?"}]
-    span_id = call(store, "r", {"messages": messages}, cut(), role="solver", model="policy")
+    answer = {
+        "choices": [{"finish_reason": "length", "message": {"role": "assistant", "content": "42"}}],
+    }
+    span_id = call(
+        store, "r", CUT, request={"messages": messages}, response=answer, role="solver", model="policy"
+    )
     store.add_reward(value=0.5, rollout_id="r", name="style")
     store.finish_rollout("r", RolloutState.FAILED, "exit code 3")
     seen = tmp_path / "seen.json"
@@ -215,7 +210,7 @@ def test_a_function_is_given_the_rollout_as_plain_values(
                 "model": "policy",
                 "policy_version": 0,
                 "request": {"messages": messages},
-                "response": cut(),
+                "response": answer,
                 "error_class": None,
                 "findings": ["truncated"],
             }
@@ -249,7 +244,7 @@ def test_a_function_is_given_the_rollout_as_plain_values(
 def test_every_apis_reply_is_given_as_text(
     store: Store, tmp_path: Path, wire: str, request_: Any, response: Any, messages: int, reply: str
 ) -> None:
-    call(store, "r", request_, response, wire=wire)
+    call(store, "r", request=request_, response=response, wire=wire)
     store.finish_rollout("r", RolloutState.SUCCEEDED)
     source = (
         f"def f(rollout): return {{'same': rollout['reply'] == {reply!r}, 'n': len(rollout['messages'])}}"
@@ -282,7 +277,7 @@ def test_a_function_that_fails_is_told_with_the_rollouts_id_and_asked_again(
     store: Store, tmp_path: Path, body: str
 ) -> None:
     for rollout_id in ("bad", "good"):
-        call(store, rollout_id, None, cut())
+        call(store, rollout_id, CUT)
         store.finish_rollout(rollout_id, RolloutState.SUCCEEDED)
     source = f"def f(rollout): return 1 if rollout['rollout_id'] == 'good' else {body}"
     done, lines = enter(store, truncated=-1, function=write(tmp_path, source))

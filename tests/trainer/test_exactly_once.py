@@ -22,7 +22,7 @@ import pytest
 
 from lightning_proxy.config import Settings
 from lightning_proxy.errors import LightningError
-from lightning_proxy.store import RunState, Store, VersionStatus
+from lightning_proxy.store import ErrorClass, Finding, RunState, Store, VersionStatus
 from lightning_proxy.trainer.report import Outcome
 from lightning_proxy.trainer.run import train_once
 from tests.conftest import MakeProxyProcess, ProxyProcess, wait_until
@@ -72,8 +72,8 @@ def record(store: Store) -> None:
     """A group to train on, one member of it with an automatic reward to come; one that has no group."""
     record_group(store, "task", [0.0, 1.0, 1.0])
     record_rollout(store, "cut", [([2, 3, 4], [5])], None, task_id="task")
-    cut = b'{"choices": [{"finish_reason": "length"}]}'
-    store.add_span(span("cut", generation([2, 3, 4, 5], [6], flat), response=cut))
+    cut = Finding(ErrorClass.TRUNCATED, "it ended at its token limit")
+    store.add_span(span("cut", generation([2, 3, 4, 5], [6], flat), findings=(cut,)))
     store.add_reward(value=0.5, rollout_id="cut")
     record_group(store, "alone", [1.0])
 

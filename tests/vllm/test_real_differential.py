@@ -89,7 +89,8 @@ def check_span(served: Served, rollout: str, case: Case, status: int) -> None:
     with served.store() as store:
         (span,) = store.list_spans(rollout_id=rollout)
     if status >= 400:
-        assert span.error_class == ("upstream_error" if status >= 500 else "upstream_refused")
+        refused = ("upstream_refused", "context_overflow")
+        assert span.error_class in (("upstream_error",) if status >= 500 else refused)
     else:
         fidelities = (Fidelity.EXACT,) if must_be_exact(case) else (Fidelity.EXACT, Fidelity.TEXT)
         assert span.error_class is None

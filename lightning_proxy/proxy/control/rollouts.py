@@ -98,9 +98,14 @@ class RolloutRoutes:
         state = _rollout_state(posted["state"])
         error_class = _error_class(posted.get("error_class"))
         rollout_id = request.match_info["rollout_id"]
-        done = await self._access.write(
-            lambda store: store.finish_rollout(rollout_id, state, posted.get("reason"), error_class)
-        )
+        reason = posted.get("reason")
+
+        def finish(store: Store) -> Rollout:
+            if state is RolloutState.FAILED:
+                return store.fail_rollout(rollout_id, reason, error_class)
+            return store.finish_rollout(rollout_id, state, reason, error_class)
+
+        done = await self._access.write(finish)
         return answer(as_json(done))
 
     async def list_spans(self, request: web.Request) -> web.Response:

@@ -46,7 +46,8 @@ class Collector(ABC):
     ``Untranslatable`` instead, and keeps faults of recording to itself (in ``fault``).
     """
 
-    status: int | None = None  # of the answer, where the agent's API has another than the engine gave
+    # Of the answer, where the agent's API has another than the engine gave: it cannot say a tool call.
+    status: int | None = None
     ended = False  # the answer is whole: what is fed from here on comes after its end
     failed: str | None = None  # an error that the engine sent inside a stream
     fault: Exception | None = None  # recording failed, the answer did not
