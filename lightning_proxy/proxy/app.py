@@ -32,6 +32,7 @@ from .control.requests import http_status
 from .control.rewards import RewardRoutes
 from .control.rollouts import RolloutRoutes
 from .control.state import StateRoutes
+from .control.tasks import TaskRoutes
 from .engine import Engine
 from .engine_process import EngineProcess
 from .forward import Forwarder
@@ -89,6 +90,7 @@ class Parts:
     attributor: Attributor
     tasks: Tasks
     forwarder: Forwarder
+    pool: TaskRoutes | None = None
     base_url: str = ""
 
 
@@ -113,9 +115,11 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
 def _own_routes(parts: Parts) -> list[web.RouteDef]:
     """Every route that is ours; all others are forwarded."""
     access = Access(parts.writer, parts.reader)
+    parts.pool = TaskRoutes(access, parts.attributor, lambda: parts.base_url)
     of_each_kind = (
         RewardRoutes(access, parts.metrics),
         RolloutRoutes(access, parts.attributor, lambda: parts.base_url),
+        parts.pool,
         PolicyRoutes(access, parts.switch),
         StateRoutes(
             access,
@@ -216,6 +220,8 @@ def _life(parts: Parts, engine_process: EngineProcess | None) -> Callable[[web.A
         await _register_model(parts)
         if engine_process is None:
             await _begin_with_active(parts)
+        if parts.pool is not None:
+            parts.tasks.spawn("look after the task pool", parts.pool.sweep_now_and_then())
         yield
         await parts.tasks.close()
         await parts.upstreams.close()

@@ -10,6 +10,9 @@ tables), then the part that you are after::
     rewards.py      the ledger of rewards
     policies.py     versions of policies: staged, active, retired, rejected
     runs.py         training runs: leases, draining, committing
+    tasks.py        the task pool: what there is to do; task_records.py has its records
+    claims.py       handing it out: leases, signs of life, retries, what became of the lost
+    curriculum.py   which tasks are worth another group (a rule without I/O)
     store.py        `Store`, all of the above in one class, with the lists and counts across them
     json_view.py    records as JSON values
     writer.py       `Writer`, the one writer thread of an asyncio process, with group commit
@@ -39,9 +42,22 @@ from lightning_proxy.store.records import (
     VersionStatus,
 )
 from lightning_proxy.store.store import Store
+from lightning_proxy.store.task_records import (
+    Assignment,
+    LeaseState,
+    NewTask,
+    PoolProgress,
+    Prefer,
+    Standing,
+    Task,
+    TaskState,
+    TaskSummary,
+    new_task,
+)
 from lightning_proxy.store.writer import Writer
 
 __all__ = [
+    "Assignment",
     "Attempt",
     "Backlog",
     "ConversationEnd",
@@ -49,7 +65,11 @@ __all__ = [
     "Fidelity",
     "Generation",
     "KeyOwner",
+    "LeaseState",
+    "NewTask",
     "PolicyVersion",
+    "PoolProgress",
+    "Prefer",
     "RecordedRollout",
     "Reward",
     "Rollout",
@@ -57,9 +77,14 @@ __all__ = [
     "RolloutSummary",
     "RunState",
     "Span",
+    "Standing",
     "Store",
+    "Task",
+    "TaskState",
+    "TaskSummary",
     "TrainingRun",
     "VersionStatus",
     "Writer",
     "as_json",
+    "new_task",
 ]

@@ -59,7 +59,7 @@ class Runs(Rewards, Policies):
         A run whose lease is over is failed first, which gives back what it drained.
         Raises ``LeaseHeld`` with who holds the lease, since when and until when.
         """
-        expires_at = _lease_end(lease_s)
+        expires_at = lease_end(lease_s)
         now = time.time()
         with self.transaction():
             self.connection.execute(
@@ -116,7 +116,7 @@ class Runs(Rewards, Policies):
 
     def renew_lease(self, run_id: int, lease_s: float) -> None:
         """Let the lease run out ``lease_s`` seconds from now. Raises ``UnknownTarget``, ``LeaseLost``."""
-        expires_at = _lease_end(lease_s)
+        expires_at = lease_end(lease_s)
         with self.transaction():
             self._leased(run_id)
             self.connection.execute(
@@ -211,7 +211,8 @@ def _run_from(row: sqlite3.Row) -> TrainingRun:
     return TrainingRun(**values)
 
 
-def _lease_end(lease_s: float) -> float:
+def lease_end(lease_s: float) -> float:
+    """When a lease of this many seconds from now runs out. Raises ``InvalidInput``."""
     if not (math.isfinite(lease_s) and lease_s > 0):
         raise InvalidInput(f"a lease is a positive number of seconds, not {lease_s!r}")
     return time.time() + lease_s

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lightning_proxy.store.claims import Claims
 from lightning_proxy.store.records import RolloutState, RolloutSummary
 from lightning_proxy.store.rollouts import rollout_from
-from lightning_proxy.store.runs import Runs
 
 _SUMMARIES = """
 SELECT r.*,
@@ -31,7 +31,7 @@ SELECT
    WHERE span_id = (SELECT max(span_id) FROM spans)) AS last_span_at"""
 
 
-class Store(Runs):
+class Store(Claims):
     """Everything that is recorded, in one SQLite file; see :meth:`Connection.open`.
 
     Synchronous, for one thread at a time; several processes may each have one open. Every method
