@@ -31,7 +31,7 @@ from lightning_proxy.store.task_records import (
 )
 from lightning_proxy.store.tasks import LACKING, Tasks, task_from
 
-FORGIVEN_LOSSES = 3
+FORGIVEN_LOSSES = 10
 
 _RANKS = "CASE t.standing WHEN 'mixed' THEN 0 WHEN 'unseen' THEN 1 ELSE 2 END, "
 _CANDIDATES = f"""
