@@ -29,7 +29,8 @@ from lightning_proxy.store.records import (
 from lightning_proxy.store.rewards import Rewards
 from lightning_proxy.store.rollouts import encode
 
-# Rollouts with a span of the policy in their last attempt that no run of the policy has consumed.
+# Rollouts with a span of the policy in their last attempt that no run of the policy has consumed. One of
+# the task pool only once it has ended: until then its last attempt may be followed by another.
 _UNCONSUMED = """
 FROM rollouts AS r
 JOIN attempts AS a ON a.rollout_id = r.rollout_id
@@ -39,6 +40,8 @@ WHERE EXISTS (SELECT 1 FROM spans AS s
   AND NOT EXISTS (SELECT 1 FROM consumptions AS c JOIN training_runs AS t USING (run_id)
                   WHERE c.rollout_id = r.rollout_id AND t.policy = :policy
                     AND t.state IN ('running', 'committed'))
+  AND NOT EXISTS (SELECT 1 FROM task_rollouts AS p
+                  WHERE p.rollout_id = r.rollout_id AND p.state IN ('running', 'waiting'))
 """
 # A reward for that attempt, for one of its spans, or for the rollout as a whole.
 _REWARDED = """

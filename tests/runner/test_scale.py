@@ -105,9 +105,9 @@ def test_every_rollout_of_a_pool_full_of_faults_ends_in_the_right_state(
     planned = sum(GROUP * EXPECTED[task["input"]["kind"]][3] for task in tasks())
     assert lost > 0, "no runner was killed at work"
     assert planned <= attempts <= planned + lost
+    how = ", ".join(f"{n} {state} {error_class}" for state, error_class, n in sorted(ended))
     print(
-        f"\n{TASKS} tasks x {GROUP} in {seconds:.1f} s, two runners of {CONCURRENCY}, one of them killed "
-        f"{len(KILLED_AT)} times: {attempts} attempts ({len(begun)} begun by an agent, {lost} lost with "
-        f"their runner), {spans} calls; "
-        + ", ".join(f"{n} {state} {error_class}" for state, error_class, n in sorted(ended))
+        f"\n{TASKS} tasks x {GROUP} in {seconds:.1f} s, two runners of {CONCURRENCY}, "
+        f"one of them killed {len(KILLED_AT)} times: {attempts} attempts ({len(begun)} begun by an agent, "
+        f"{lost} lost with their runner), {spans} calls; {how}"
     )

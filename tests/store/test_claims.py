@@ -12,7 +12,7 @@ import pytest
 from lightning_proxy.errors import Conflict, InvalidInput, UnknownTarget
 from lightning_proxy.store import Assignment, ErrorClass, RolloutState, Store, TaskState, new_task
 from lightning_proxy.store.claims import FORGIVEN_LOSSES
-from tests.store.support import make_span, output_of, start_script
+from tests.store.support import POLICY, make_span, output_of, start_script
 
 FAILED, SUCCEEDED, CANCELLED = RolloutState.FAILED, RolloutState.SUCCEEDED, RolloutState.CANCELLED
 
@@ -291,6 +291,21 @@ def test_a_rollout_that_ends_by_other_hands_ends_in_the_pool(store: Store) -> No
     store.finish_rollout(other.rollout_id, FAILED, "I gave up")
     assert store.heartbeat_attempt(other.rollout_id, 1).stop
     assert store.get_task("a").task.state is TaskState.DONE
+
+
+def test_training_drains_a_rollout_of_the_pool_once_it_has_ended(store: Store) -> None:
+    enqueue(store, max_attempts=2)
+    first = claim(store)
+    store.add_span(make_span(rollout_id=first.rollout_id))
+    store.add_reward(value=1.0, rollout_id=first.rollout_id)
+    fail(store, first)
+    assert store.preview(POLICY, 9) == []
+    second = claim(store)
+    store.add_span(make_span(rollout_id=first.rollout_id, attempt=2))
+    assert store.backlog(POLICY).rollouts_ready == 0
+    store.finish_attempt(second.rollout_id, 2, SUCCEEDED)
+    [ready] = store.preview(POLICY, 9)
+    assert (ready.rollout.rollout_id, ready.attempt, len(ready.spans)) == (first.rollout_id, 2, 1)
 
 
 def test_an_attempt_that_never_was_is_unknown(store: Store) -> None:
