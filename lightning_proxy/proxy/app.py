@@ -90,7 +90,6 @@ class Parts:
     attributor: Attributor
     tasks: Tasks
     forwarder: Forwarder
-    pool: TaskRoutes | None = None
     base_url: str = ""
 
 
@@ -103,23 +102,23 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
     guard = Guard(settings.proxy.token, parts.attributor)
     app = web.Application(client_max_size=settings.proxy.max_body_mb * 2**20, middlewares=[_door(guard)])
     app[PARTS] = parts
-    app.add_routes(_own_routes(parts))
+    access = Access(parts.writer, parts.reader)
+    pool = TaskRoutes(access, parts.attributor, lambda: parts.base_url)
+    app.add_routes(_own_routes(parts, access, pool))
     for path in ("/reward", "/api/{unknown:.*}"):  # with a method that our own routes do not have
         app.router.add_route("*", path, _no_such_route)
     app.router.add_route("*", "/{anything:.*}", parts.forwarder.handle)
     app.on_response_prepare.append(only_the_upstreams)
-    app.cleanup_ctx.append(_life(parts, engine_process))
+    app.cleanup_ctx.append(_life(parts, pool, engine_process))
     return app
 
 
-def _own_routes(parts: Parts) -> list[web.RouteDef]:
+def _own_routes(parts: Parts, access: Access, pool: TaskRoutes) -> list[web.RouteDef]:
     """Every route that is ours; all others are forwarded."""
-    access = Access(parts.writer, parts.reader)
-    parts.pool = TaskRoutes(access, parts.attributor, lambda: parts.base_url)
     of_each_kind = (
         RewardRoutes(access, parts.metrics),
         RolloutRoutes(access, parts.attributor, lambda: parts.base_url),
-        parts.pool,
+        pool,
         PolicyRoutes(access, parts.switch),
         StateRoutes(
             access,
@@ -213,15 +212,16 @@ def open_store(settings: Settings) -> Store:
 # -- life --------------------------------------------------------------------------------------
 
 
-def _life(parts: Parts, engine_process: EngineProcess | None) -> Callable[[web.Application], Any]:
+def _life(
+    parts: Parts, pool: TaskRoutes, engine_process: EngineProcess | None
+) -> Callable[[web.Application], Any]:
     async def life(app: web.Application) -> Any:
         parts.writer.start()
         await parts.upstreams.start()
         await _register_model(parts)
         if engine_process is None:
             await _begin_with_active(parts)
-        if parts.pool is not None:
-            parts.tasks.spawn("look after the task pool", parts.pool.sweep_now_and_then())
+        parts.tasks.spawn("look after the task pool", pool.sweep_now_and_then())
         yield
         await parts.tasks.close()
         await parts.upstreams.close()

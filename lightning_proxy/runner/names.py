@@ -20,8 +20,21 @@ class Name:
     """
 
     def __init__(self, directory: Path, wanted: str | None = None) -> None:
-        """``wanted``, or this machine's next free one. Raises ``InvalidInput`` where ``wanted`` is taken."""
-        directory.mkdir(parents=True, exist_ok=True)
+        """``wanted``, or this machine's next free one.
+
+        Raises ``InvalidInput`` where ``wanted`` is taken, or the directory cannot be used.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._take(directory, wanted)
+        except OSError as error:
+            raise InvalidInput(f"the directory for logs, {directory}, cannot be used: {error}") from None
+
+    def close(self) -> None:
+        """Let go of the name."""
+        os.close(self.lock)
+
+    def _take(self, directory: Path, wanted: str | None) -> None:
         if wanted is not None:
             file = directory / f".runner-{wanted.replace('/', '_')}"
             if not self._lock(file):
@@ -35,10 +48,6 @@ class Name:
         own = os.read(self.lock, 100).decode() or f"{socket.gethostname()}-{secrets.token_hex(4)}"
         os.pwrite(self.lock, own.encode(), 0)
         self.text = own
-
-    def close(self) -> None:
-        """Let go of the name."""
-        os.close(self.lock)
 
     def _lock(self, file: Path) -> bool:
         self.lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

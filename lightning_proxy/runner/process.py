@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lightning_proxy.errors import InvalidInput
 from lightning_proxy.runner import warden
 
 _BEGIN = 'echo "+$$" >&0; exec "$@" </dev/null'  # stdin is the pipe to the warden
@@ -39,6 +40,14 @@ class Warden:
             )
         finally:
             os.close(read)
+
+    def check(self) -> None:
+        """Raise ``InvalidInput`` where it has ended: an agent that is started now could be left behind."""
+        if self._process.poll() is not None:
+            raise InvalidInput(
+                f"the process {self._process.pid}, which ends the agents of a runner that dies, was ended: "
+                "leave it alone, and start the runner again"
+            )
 
     def forget(self, group: int) -> None:
         """This group has ended; its number may be somebody else's soon."""

@@ -8,6 +8,7 @@ goes to the next runner: at once, if that has this one's name, else when the lea
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -176,13 +177,11 @@ class Runner:
     def _carry_out(self, given: dict[str, Any]) -> None:
         key = (given["rollout_id"], given["attempt"])
         try:
-            process = self._start(given)
-            if process is not None:
+            if self._stopping:
+                self._give_back(given, STOPPED)
+            elif (process := self._start(given)) is not None:
                 running = self._keep(key, given, process)
-                if self._stopping:
-                    process.end(STOPPED)
-                code = process.wait()
-                self._report(running, code)
+                self._report(running, process.wait())
         except Exception:
             log.exception("attempt %d of rollout %s went wrong in the runner", key[1], key[0])
         finally:
@@ -191,16 +190,11 @@ class Runner:
             self._freed.put(None)
 
     def _start(self, given: dict[str, Any]) -> AgentProcess | None:
-        try:
-            argv = fill_in(self._work.argv, given)
-        except InvalidInput as error:  # the command is at fault, not the task
-            self._done.error = error
-            why = str(error)
-            self._stop()
-            self._end_with(given, lambda: self._pool.release(given, why), "released")
-            return None
+        """The agent's process; None where there is none, and the attempt has ended or is given back."""
         log_file = self._work.logs / f"{given['rollout_id']}-{given['attempt']}.log"
         try:
+            self._warden.check()
+            argv = fill_in(self._work.argv, given)
             return AgentProcess(
                 argv,
                 env=self._environment(given, log_file),
@@ -208,9 +202,23 @@ class Runner:
                 warden=self._warden,
                 grace_s=self._work.grace_s,
             )
+        except LightningError as error:
+            self._give_up(given, error)
         except (OSError, ValueError) as error:
-            self._finish(given, "failed", f"the command cannot be started: {error}", "agent_crash")
-            return None
+            if isinstance(error, ValueError) or error.errno == errno.E2BIG:  # this task's input is at fault
+                self._finish(given, "failed", f"the command cannot be started: {error}", "agent_crash")
+            else:
+                self._give_up(given, InvalidInput(f"no command can be run here: {error}"))
+        return None
+
+    def _give_up(self, given: dict[str, Any], error: LightningError) -> None:
+        """Stop, for every other attempt would fare like this one."""
+        self._done.error = error
+        self._stop()
+        self._give_back(given, str(error))
+
+    def _give_back(self, given: dict[str, Any], why: str) -> None:
+        self._end_with(given, lambda: self._pool.release(given, why), "released")
 
     def _environment(self, given: dict[str, Any], log_file: Path) -> dict[str, str]:
         env = {
@@ -246,7 +254,7 @@ class Runner:
             case why if why == _TIMED_OUT:
                 self._finish(given, "failed", f"took longer than its {given['timeout_s']:g} s", "timeout")
             case why if why == STOPPED:
-                self._end_with(given, lambda: self._pool.release(given, STOPPED), "released")
+                self._give_back(given, STOPPED)
             case why:
                 log.info("attempt %d of rollout %s: %s", given["attempt"], given["rollout_id"], why)
                 self._count("ended_by_the_pool")

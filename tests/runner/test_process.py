@@ -136,6 +136,16 @@ def test_agents_of_a_runner_that_is_killed_end_with_their_children(tmp_path: Pat
     wait_until(lambda: not any(lives(pid) for pid in pids))
 
 
+def test_a_warden_that_was_ended_is_noticed(tmp_path: Path) -> None:
+    warden = Warden()
+    warden.check()
+    warden._process.kill()
+    warden._process.wait(10)
+    with pytest.raises(InvalidInput, match="was ended"):
+        warden.check()
+    warden.close()
+
+
 def test_a_name_is_kept_and_is_nobody_elses_meanwhile(tmp_path: Path) -> None:
     first = Name(tmp_path)
     second = Name(tmp_path)

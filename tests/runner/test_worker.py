@@ -131,6 +131,36 @@ def test_a_worker_that_meets_a_task_without_the_field_gives_it_back_and_ends(
         assert store.get_task("fine-0").waiting == 1
 
 
+def test_a_runner_that_can_run_nothing_any_more_is_no_fault_of_the_agent(
+    runners: Runners, proxy: ProxyThread
+) -> None:
+    file = write_tasks(
+        runners.directory / "tasks.jsonl", [{"task_id": "a", "q": 1}, {"task_id": "b", "q": 2}]
+    )
+    logs = runners.directory / "logs"
+    flags = ("--tasks", file, "--logs", logs)
+    runner = runners.start(*flags, agent=("sh", "-c", f"rm -r {logs}; touch {logs}"))
+    _, errors = runner.communicate(timeout=60)
+    assert (runner.returncode, "no command can be run here" in errors) == (2, True), errors
+    with proxy.store() as store:
+        assert (store.get_task("a").succeeded, store.get_task("b").waiting) == (1, 1)
+    runner = runners.start(*flags)
+    _, errors = runner.communicate(timeout=60)
+    assert (runner.returncode, "cannot be used" in errors) == (2, True), errors
+
+
+def test_an_input_that_does_not_fit_into_a_command_fails_its_own_rollout(
+    runners: Runners, proxy: ProxyThread
+) -> None:
+    tasks = [{"task_id": "long", "q": "x" * 200_000}, {"task_id": "short", "q": "x"}]
+    file = write_tasks(runners.directory / "tasks.jsonl", tasks)
+    done = summary_of(runners.start("--tasks", file, "--json", agent=("true", "{q}")), 60)
+    assert (done["succeeded"], done["failed_by_class"]) == (1, {"agent_crash": 1})
+    with proxy.store() as store:
+        [rollout] = store.list_rollouts(task_id="long")
+    assert "Argument list too long" in (rollout.rollout.reason or "")
+
+
 def test_workers_share_a_pool_and_end_when_it_is_done(runners: Runners, proxy: ProxyThread) -> None:
     with proxy.store() as store:
         enqueue(store, [{**task, "group_size": 4} for task in tasks_of(*["fine"] * 6, sleep="0.1")])
