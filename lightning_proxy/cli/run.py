@@ -228,7 +228,8 @@ def _exit_code(done: Done, counts: Mapping[str, Any]) -> int:
 def summary(counts: Mapping[str, Any]) -> str:
     """Counts of the pool in one line, or two where rounds were skipped."""
     ended = counts["succeeded"] + counts["failed"]
-    parts = [f"{ended}/{counts['rollouts']} rollouts", f"{counts['succeeded']} succeeded"]
+    rate = f" ({counts['succeeded'] / ended:.0%})" if ended else ""
+    parts = [f"{ended}/{counts['rollouts']} rollouts", f"{counts['succeeded']} succeeded{rate}"]
     if counts["failed"]:
         by_class = sorted(counts["failed_by_class"].items(), key=lambda pair: -pair[1])
         parts.append(f"{counts['failed']} failed ({', '.join(f'{n} {what}' for what, n in by_class)})")

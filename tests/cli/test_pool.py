@@ -97,7 +97,9 @@ COUNTS: dict[str, Any] = {
 
 
 def test_a_summary_is_one_line_with_failures_by_class() -> None:
-    assert summary(COUNTS) == "8/10 rollouts, 5 succeeded, 3 failed (2 agent_crash, 1 timeout), 2 running"
+    assert summary(COUNTS) == (
+        "8/10 rollouts, 5 succeeded (62%), 3 failed (2 agent_crash, 1 timeout), 2 running"
+    )
 
 
 def test_the_time_left_is_by_what_was_done_since_the_first_look() -> None:

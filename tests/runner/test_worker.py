@@ -87,7 +87,7 @@ def test_where_nothing_succeeds_the_exit_code_says_so(runners: Runners) -> None:
     runner = runners.start("--tasks", file)
     out, errors = runner.communicate(timeout=60)
     assert runner.returncode == 1
-    assert out == "1/1 rollouts, 0 succeeded, 1 failed (1 agent_crash)\n"
+    assert out == "1/1 rollouts, 0 succeeded (0%), 1 failed (1 agent_crash)\n"
     assert "1 tasks in" in errors
 
 
@@ -286,6 +286,6 @@ def test_a_preference_for_disagreement_says_what_it_skipped(runners: Runners) ->
     out, errors = runner.communicate(timeout=60)
     assert runner.returncode == 0, errors
     counted, skipped = out.splitlines()
-    assert counted == "4/4 rollouts, 4 succeeded"
+    assert counted == "4/4 rollouts, 4 succeeded (100%)"
     assert skipped.startswith("skipped 2 rounds of solved tasks and 2 of hopeless ones: ")
     assert len(runners.begun()) == 4
