@@ -168,6 +168,7 @@ class Claims(Tasks):
                         f"attempt {attempt} of rollout {rollout_id!r} cannot end as {state.value}: "
                         + self._what_became_of(row, attempt)
                     )
+                self._end_attempt(row, state, reason, error_class)
                 self.finish_rollout(rollout_id, state, reason, error_class)
             return self.get_rollout(rollout_id)
 

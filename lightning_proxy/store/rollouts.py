@@ -108,7 +108,7 @@ class Rollouts(Connection):
         reason: str | None = None,
         error_class: ErrorClass | None = None,
     ) -> Rollout:
-        """End a rollout and its last attempt; ending it the same way again changes nothing.
+        """End a rollout and its last attempt, if that is open; the same end again changes nothing.
 
         Raises ``UnknownTarget``, ``Conflict`` where it has ended otherwise, ``InvalidInput`` for ``OPEN``
         and for a success with an ``error_class``.
@@ -134,7 +134,8 @@ class Rollouts(Connection):
             )
             self.connection.execute(
                 "UPDATE attempts SET state = ?, ended_at = ?, reason = ?, error_class = ? "
-                "WHERE rollout_id = ? AND number = (SELECT max(number) FROM attempts WHERE rollout_id = ?)",
+                "WHERE rollout_id = ? AND state = 'open' "
+                "AND number = (SELECT max(number) FROM attempts WHERE rollout_id = ?)",
                 (state.value, now, reason, failure, rollout_id, rollout_id),
             )
             return self.get_rollout(rollout_id)

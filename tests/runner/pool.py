@@ -27,7 +27,7 @@ ask() {
 }
 reward() {
   curl -sS -m 60 "$LIGHTNING_REWARD_URL" -H "$json" \
-    -d "{\"rollout_id\":\"$LIGHTNING_ROLLOUT_ID\",\"value\":$1}" >/dev/null
+    -d "{\"rollout_id\":\"$LIGHTNING_ROLLOUT_ID\",\"attempt\":$LIGHTNING_ATTEMPT,\"value\":$1}" >/dev/null
 }
 case "$TASK_KIND-$LIGHTNING_ATTEMPT" in
   hang-*|hang_once-1) ask; sleep 300;;

@@ -293,6 +293,15 @@ def test_a_rollout_that_ends_by_other_hands_ends_in_the_pool(store: Store) -> No
     assert store.get_task("a").task.state is TaskState.DONE
 
 
+def test_an_attempt_that_has_ended_stays_as_it_ended(store: Store) -> None:
+    enqueue(store, max_attempts=2)
+    given = claim(store)
+    fail(store, given)
+    store.cancel_task("a")
+    assert store.get_rollout(given.rollout_id).state is CANCELLED
+    assert ends(store, given.rollout_id) == [("failed", "agent_crash")]
+
+
 def test_training_drains_a_rollout_of_the_pool_once_it_has_ended(store: Store) -> None:
     enqueue(store, max_attempts=2)
     first = claim(store)
