@@ -3,7 +3,9 @@
 ``app``       puts the commands together; an error of ours becomes one line (read this first)
 ``common``    options that many commands share, settings from them, tables and JSON
 ``setup``     init, serve, demo
-``learn``     train, run
+``learn``     train
+``run``       run: one command, or the task pool
+``tasks``     tasks: list, add, show, cancel
 ``records``   rollouts, spans, reward
 ``policies``  policies: list, promote, rollback
 ``status``    status

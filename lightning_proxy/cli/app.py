@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from lightning_proxy import __version__
-from lightning_proxy.cli import learn, policies, records, rewards, roles, setup, status
+from lightning_proxy.cli import learn, policies, records, rewards, roles, run, setup, status, tasks
 from lightning_proxy.errors import ConfigError, InvalidInput, LightningError
 
 _TRACEBACK = "traceback"
@@ -81,8 +81,18 @@ app.command(
 )(learn.train)
 app.command(
     context_settings=_TAKES_A_COMMAND,
-    epilog=_example("lightning-proxy run --task-id task-17 -- python agent.py 'What is 6 times 7?'"),
-)(learn.run)
+    epilog=_example(
+        "lightning-proxy run --task-id task-17 -- python agent.py 'What is 6 times 7?'",
+        "lightning-proxy run --tasks tasks.jsonl --group-size 8 --concurrency 4 -- python agent.py",
+        "lightning-proxy run --worker --watch --proxy http://gateway:8080 -- python agent.py",
+    ),
+)(run.run)
+app.add_typer(
+    tasks.app, epilog=_example("lightning-proxy tasks", "lightning-proxy tasks --state open --json")
+)
+tasks.app.command(epilog=_example("lightning-proxy tasks add tasks.jsonl --group-size 8"))(tasks.add)
+tasks.app.command(epilog=_example("lightning-proxy tasks show task-17"))(tasks.show)
+tasks.app.command(epilog=_example("lightning-proxy tasks cancel task-17"))(tasks.cancel)
 app.command(
     epilog=_example(
         "lightning-proxy rollouts --state open",

@@ -1,4 +1,4 @@
-"""train, run: learning from what was recorded, and recording one command."""
+"""train: learning from what was recorded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from lightning_proxy.cli.common import (
     ProxyOption,
     open_store,
     print_json,
-    proxy_client,
     settings_from,
 )
 from lightning_proxy.errors import InvalidInput, StoreError, TrainingError
@@ -31,31 +30,6 @@ if TYPE_CHECKING:
     from lightning_proxy.trainer.steps import Progress
 
 NO_UPDATE = 3
-
-
-def run(
-    command: Annotated[list[str], typer.Argument(help="The command, behind --.", metavar="-- COMMAND...")],
-    rollout_id: Annotated[
-        str | None, typer.Option("--rollout-id", help="Default: the proxy makes one.")
-    ] = None,
-    task_id: Annotated[
-        str | None, typer.Option("--task-id", help="Rollouts of one task are compared with one another.")
-    ] = None,
-    role: Annotated[
-        str | None, typer.Option("--role", help="Which agent of several makes the calls.")
-    ] = None,
-    proxy: ProxyOption = None,
-    config: ConfigOption = None,
-) -> None:
-    """Run an unmodified command as one rollout; its exit code is ours.
-
-    It finds the proxy through OPENAI_BASE_URL, OPENAI_API_KEY, ANTHROPIC_BASE_URL and
-    ANTHROPIC_API_KEY; LIGHTNING_ROLLOUT_ID and LIGHTNING_REWARD_URL say where a reward may be posted.
-    """
-    from lightning_proxy.runner import RolloutRequest, run_command
-
-    settings = settings_from(config, train__proxy_url=proxy)
-    raise typer.Exit(run_command(command, proxy_client(settings), RolloutRequest(rollout_id, task_id, role)))
 
 
 def train(

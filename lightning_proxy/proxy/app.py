@@ -33,6 +33,7 @@ from .control.requests import http_status
 from .control.rewards import RewardRoutes
 from .control.rollouts import RolloutRoutes
 from .control.state import StateRoutes
+from .control.tasks import TaskRoutes
 from .engine import Engine
 from .engine_process import EngineProcess
 from .exploration import Exploration
@@ -105,21 +106,23 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
     guard = Guard(settings.proxy.token, parts.attributor, keys_reward=settings.proxy.rollout_keys_reward)
     app = web.Application(client_max_size=settings.proxy.max_body_mb * 2**20, middlewares=[_door(guard)])
     app[PARTS] = parts
-    app.add_routes(_own_routes(parts, guard))
+    access = Access(parts.writer, parts.reader)
+    pool = TaskRoutes(access, parts.attributor, lambda: parts.base_url)
+    app.add_routes(_own_routes(parts, guard, access, pool))
     for path in ("/reward", "/api/{unknown:.*}"):  # with a method that our own routes do not have
         app.router.add_route("*", path, _no_such_route)
     app.router.add_route("*", "/{anything:.*}", parts.forwarder.handle)
     app.on_response_prepare.append(only_the_upstreams)
-    app.cleanup_ctx.append(_life(parts, engine_process))
+    app.cleanup_ctx.append(_life(parts, pool, engine_process))
     return app
 
 
-def _own_routes(parts: Parts, guard: Guard) -> list[web.RouteDef]:
+def _own_routes(parts: Parts, guard: Guard, access: Access, pool: TaskRoutes) -> list[web.RouteDef]:
     """Every route that is ours; all others are forwarded."""
-    access = Access(parts.writer, parts.reader)
     of_each_kind = (
         RewardRoutes(access, parts.metrics, guard.bound_to),
         RolloutRoutes(access, parts.attributor, lambda: parts.base_url),
+        pool,
         FailureRoutes(access),
         PolicyRoutes(access, parts.switch),
         StateRoutes(
@@ -218,7 +221,9 @@ def open_store(settings: Settings) -> Store:
 # -- life --------------------------------------------------------------------------------------
 
 
-def _life(parts: Parts, engine_process: EngineProcess | None) -> Callable[[web.Application], Any]:
+def _life(
+    parts: Parts, pool: TaskRoutes, engine_process: EngineProcess | None
+) -> Callable[[web.Application], Any]:
     async def life(app: web.Application) -> Any:
         parts.writer.start()
         await parts.upstreams.start()
@@ -227,6 +232,7 @@ def _life(parts: Parts, engine_process: EngineProcess | None) -> Callable[[web.A
             await _begin_with_active(parts)
         silence_s = parts.settings.failures.silence_s
         parts.tasks.spawn("silent rollouts", watch_for_silence(parts.writer, silence_s))
+        parts.tasks.spawn("look after the task pool", pool.sweep_now_and_then())
         yield
         await parts.tasks.close()
         await parts.upstreams.close()

@@ -73,16 +73,21 @@ def run_command(argv: Sequence[str], proxy: ProxyClient, wanted: RolloutRequest 
     return code if code >= 0 else 128 - code
 
 
-def agent_environment(proxy_url: str, rollout: Mapping[str, Any], role: str | None = None) -> dict[str, str]:
+def agent_environment(
+    proxy_url: str, rollout: Mapping[str, Any], role: str | None = None, *, attempt: int | None = None
+) -> dict[str, str]:
     """The variables through which an unmodified agent finds the proxy, as this rollout.
 
     The address is the one by which *we* reached the proxy, not the one the proxy believes in.
     """
     root = proxy_url.rstrip("/")
     base = f"{root}/rollout/{quote(rollout['rollout_id'], safe='')}"
+    if attempt is not None:
+        base += f"/attempt/{attempt}"
     if role is not None:
         base += f"/role/{quote(role, safe='')}"
     key = rollout["api_key"]
+    of_attempt = {} if attempt is None else {"LIGHTNING_ATTEMPT": str(attempt)}
     return {
         "OPENAI_BASE_URL": f"{base}/v1",
         "OPENAI_API_BASE": f"{base}/v1",  # llama-index and older SDKs
@@ -91,6 +96,7 @@ def agent_environment(proxy_url: str, rollout: Mapping[str, Any], role: str | No
         "ANTHROPIC_API_KEY": key,
         "LIGHTNING_ROLLOUT_ID": rollout["rollout_id"],
         "LIGHTNING_REWARD_URL": f"{root}/reward",
+        **of_attempt,
     }
 
 

@@ -14,6 +14,9 @@ tables), then the part that you are after::
     judgements.py   which rollouts automatic rewards were entered for
     causes.py       why a rollout failed: the root cause (no SQL)
     failures.py     failed rollouts, silent ones, failures in numbers
+    tasks.py        the task pool: what there is to do; task_records.py has its records
+    claims.py       handing it out: leases, signs of life, retries, what became of the lost
+    curriculum.py   which tasks are worth another group (a rule without I/O)
     store.py        `Store`, all of the above in one class, with the lists and counts across them
     json_view.py    records as JSON values
     writer.py       `Writer`, the one writer thread of an asyncio process, with group commit
@@ -52,10 +55,23 @@ from lightning_proxy.store.records import (
 )
 from lightning_proxy.store.returns import RewardRule
 from lightning_proxy.store.store import Store
+from lightning_proxy.store.task_records import (
+    Assignment,
+    LeaseState,
+    NewTask,
+    PoolProgress,
+    Prefer,
+    Standing,
+    Task,
+    TaskState,
+    TaskSummary,
+    new_task,
+)
 from lightning_proxy.store.writer import Writer
 
 __all__ = [
     "INFRASTRUCTURE",
+    "Assignment",
     "Attempt",
     "Backlog",
     "By",
@@ -68,7 +84,11 @@ __all__ = [
     "Finding",
     "Generation",
     "KeyOwner",
+    "LeaseState",
+    "NewTask",
     "PolicyVersion",
+    "PoolProgress",
+    "Prefer",
     "RecordedRollout",
     "Reward",
     "RewardRule",
@@ -77,7 +97,11 @@ __all__ = [
     "RolloutSummary",
     "RunState",
     "Span",
+    "Standing",
     "Store",
+    "Task",
+    "TaskState",
+    "TaskSummary",
     "TrainingRun",
     "Unjudged",
     "VersionStatus",
@@ -85,6 +109,7 @@ __all__ = [
     "as_json",
     "failed_by_infrastructure",
     "last_call",
+    "new_task",
     "root_cause",
     "seconds_of",
 ]

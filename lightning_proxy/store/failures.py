@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from lightning_proxy.errors import InvalidInput
@@ -57,16 +56,19 @@ class Failures(Runs):
         Raises as :meth:`finish_rollout`.
         """
         with self.transaction():
-            spans = [
-                replace(span, generations=())
-                for span in self._spans(
-                    "SELECT * FROM spans WHERE rollout_id = ? AND attempt = "
-                    "(SELECT max(number) FROM attempts WHERE rollout_id = ?) ORDER BY span_id DESC LIMIT ?",
-                    (rollout_id, rollout_id, _LAST_CALLS),
-                )
-            ]
-            cause, why = root_cause(error_class, reason, spans)
+            last = self.scalar("SELECT max(number) FROM attempts WHERE rollout_id = ?", (rollout_id,))
+            cause, why = self.cause_of_failure(rollout_id, last, error_class, reason)
             return self.finish_rollout(rollout_id, RolloutState.FAILED, why, cause, presumed=presumed)
+
+    def cause_of_failure(
+        self, rollout_id: str, attempt: int, error_class: ErrorClass | None, reason: str | None
+    ) -> tuple[ErrorClass | None, str | None]:
+        """Class and reason of a failed attempt, of which these are told: see :func:`root_cause`."""
+        spans = self._spans(
+            "SELECT * FROM spans WHERE rollout_id = ? AND attempt = ? ORDER BY span_id DESC LIMIT ?",
+            (rollout_id, attempt, _LAST_CALLS),
+        )
+        return root_cause(error_class, reason, spans)
 
     def fallen_silent(self, before: float, limit: int) -> tuple[list[str], bool]:
         """Rollouts whose last call ended before ``before``, that are open and have no reward.
@@ -93,7 +95,8 @@ class Failures(Runs):
             self.scalar(
                 "SELECT 1 FROM rollouts AS r WHERE rollout_id = ? AND state = 'open' "
                 "AND NOT EXISTS (SELECT 1 FROM spans AS s WHERE s.rollout_id = r.rollout_id AND span_id > ?) "
-                "AND NOT EXISTS (SELECT 1 FROM rewards AS w WHERE w.rollout_id = r.rollout_id)",
+                "AND NOT EXISTS (SELECT 1 FROM rewards AS w WHERE w.rollout_id = r.rollout_id) "
+                "AND NOT EXISTS (SELECT 1 FROM task_rollouts AS p WHERE p.rollout_id = r.rollout_id)",
                 (rollout_id, span_id),
             )
         )

@@ -110,7 +110,7 @@ class Rollouts(Connection):
         *,
         presumed: bool = False,
     ) -> Rollout:
-        """End a rollout and its last attempt; ending it the same way again changes nothing.
+        """End a rollout and its last attempt, if that is open; the same end again changes nothing.
 
         ``presumed``: nobody told that it ended. Whoever does so later has the last word. Raises
         ``UnknownTarget``, ``Conflict`` where it has ended otherwise, ``InvalidInput`` for ``OPEN`` and for a
@@ -137,7 +137,8 @@ class Rollouts(Connection):
             )
             self.connection.execute(
                 "UPDATE attempts SET state = ?, ended_at = ?, reason = ?, error_class = ? "
-                "WHERE rollout_id = ? AND number = (SELECT max(number) FROM attempts WHERE rollout_id = ?)",
+                "WHERE rollout_id = ? AND state = 'open' "
+                "AND number = (SELECT max(number) FROM attempts WHERE rollout_id = ?)",
                 (state.value, now, reason, failure, rollout_id, rollout_id),
             )
             return self.get_rollout(rollout_id)

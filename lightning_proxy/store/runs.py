@@ -37,7 +37,8 @@ from lightning_proxy.store.rewards import Rewards
 from lightning_proxy.store.rollouts import encode
 
 # Rollouts with a span of the policy in their last attempt; ``c``: the last run of the policy, running or
-# committed, that has them.
+# committed, that has them. One of the task pool only once it has ended: until then its last attempt may
+# be followed by another.
 OF_POLICY = """
 FROM rollouts AS r
 JOIN attempts AS a ON a.rollout_id = r.rollout_id
@@ -47,6 +48,8 @@ LEFT JOIN consumptions AS c ON c.rollout_id = r.rollout_id AND c.run_id = (
   WHERE d.rollout_id = r.rollout_id AND t.policy = :policy AND t.state IN ('running', 'committed'))
 WHERE EXISTS (SELECT 1 FROM spans AS s
               WHERE s.rollout_id = r.rollout_id AND s.attempt = a.number AND s.policy = :policy)
+  AND NOT EXISTS (SELECT 1 FROM task_rollouts AS p
+                  WHERE p.rollout_id = r.rollout_id AND p.state IN ('running', 'waiting'))
 """
 # A value for that attempt, for one of its spans, or for the rollout as a whole.
 REWARDED = """
@@ -99,7 +102,7 @@ class Runs(Rewards, Policies):
         A run whose lease is over is failed first, which gives back what it drained.
         Raises ``LeaseHeld`` with who holds the lease, since when and until when.
         """
-        expires_at = _lease_end(lease_s)
+        expires_at = lease_end(lease_s)
         now = time.time()
         with self.transaction():
             self.connection.execute(
@@ -155,7 +158,7 @@ class Runs(Rewards, Policies):
 
     def renew_lease(self, run_id: int, lease_s: float) -> None:
         """Let the lease run out ``lease_s`` seconds from now. Raises ``UnknownTarget``, ``LeaseLost``."""
-        expires_at = _lease_end(lease_s)
+        expires_at = lease_end(lease_s)
         with self.transaction():
             self._leased(run_id)
             self.connection.execute(
@@ -290,7 +293,8 @@ def _run_from(row: sqlite3.Row) -> TrainingRun:
     return TrainingRun(**values)
 
 
-def _lease_end(lease_s: float) -> float:
+def lease_end(lease_s: float) -> float:
+    """When a lease of this many seconds from now runs out. Raises ``InvalidInput``."""
     if not (math.isfinite(lease_s) and lease_s > 0):
         raise InvalidInput(f"a lease is a positive number of seconds, not {lease_s!r}")
     return time.time() + lease_s

@@ -84,11 +84,6 @@ class Rows:
         found: NDArray[np.bool_] = self.mask & (self.versions == version)
         return found
 
-    def entropy_of(self, version: int) -> float | None:
-        """Entropy of this version in nats a token: the mean of -log p over what it sampled estimates it."""
-        sampled = self.of_version(version)
-        return float(-self.logprobs[sampled].mean()) if sampled.any() else None
-
     def with_logprobs(self, logprobs: Floats) -> Rows:
         """The same with these logprobs of what was sampled from."""
         return replace(self, logprobs=logprobs.astype(np.float32), raw=np.zeros_like(self.raw))

@@ -40,12 +40,13 @@ def train_once(
         parent = this.starting_version()
         with Lease(store, this.policy, settings.train.lease_s) as lease, own_or(warm) as engine:
             recorded = this.drain(lease)
-            batch = this.prepare(recorded, parent)
-            store.give_back(lease.run_id, batch.for_later)
-            if (collapse := this.collapse(batch, parent)) is not None:
-                return this.stop(lease, batch, collapse)
-            if not batch.rows:
-                return this.commit_nothing(lease, batch)
+            found = this.group(recorded, parent)
+            groups = found.grouping
+            store.give_back(lease.run_id, groups.for_later)
+            if (collapse := this.collapse(found)) is not None:
+                return this.stop(lease, groups, collapse)
+            if (batch := this.prepare(groups)) is None:
+                return this.commit_nothing(lease, groups)
             backend = this.open(engine, parent)
             rows = this.refer(backend, this.compare(backend, batch, parent), parent)
             lease.check()
@@ -53,7 +54,7 @@ def train_once(
             lease.check()
             version = this.export(backend, engine, rows, parent)
             report = this.report(Outcome.STAGED_ONLY).as_dict()
-            store.commit_run(lease.run_id, report=report, version=version, groups=batch.groups)
+            store.commit_run(lease.run_id, report=report, version=version, groups=groups.keys)
             engine.now_at(version.version)
     except NothingToTrain as nothing:
         return this.report(Outcome.NOTHING, str(nothing))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,21 +25,13 @@ from lightning_proxy.trainer.automatic import AutomaticRewards
 from lightning_proxy.trainer.backend import Backend, estimator, open_backend
 from lightning_proxy.trainer.batches import Floats, Rows, pack, split_mini_batches, weigh
 from lightning_proxy.trainer.credit import identical
-from lightning_proxy.trainer.drift import drifts
-from lightning_proxy.trainer.failures import Consequences
-from lightning_proxy.trainer.groups import Grouping, form_groups
+from lightning_proxy.trainer.grouped import Grouped, grouped
+from lightning_proxy.trainer.groups import Grouping
 from lightning_proxy.trainer.guard import Collapse, Look
 from lightning_proxy.trainer.lease import Lease
 from lightning_proxy.trainer.publish import clear_away, promote, roll_back, version_directory, write_version
 from lightning_proxy.trainer.report import Outcome, Stopwatch, TrainReport
-from lightning_proxy.trainer.sampling import engine_defaults
 from lightning_proxy.trainer.trajectories import Trajectory, merge
-from lightning_proxy.trainer.transitions import (
-    LeftOut,
-    Terms,
-    TrainableRollout,
-    trainable_rollouts,
-)
 from lightning_proxy.trainer.warm import WarmBackend
 
 _PROBE_TOKENS = 64
@@ -56,12 +47,10 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a pass trains on; ``rows`` is ``None`` where there is nothing."""
+    """What a pass trains on, as rows and as what they were made of."""
 
-    rows: Rows | None
+    rows: Rows
     trajectories: Sequence[Trajectory]
-    for_later: Sequence[str]
-    groups: Mapping[str, str]  # what each rollout was compared in; Grouping.keys
 
 
 class Pass:
@@ -87,11 +76,10 @@ class Pass:
     def preview(self) -> TrainReport:
         """What a pass would train on; nothing is taken, and verl is not loaded."""
         recorded = self.store.preview(self.policy, self.settings.train.max_rollouts)
-        left_out, grouping = self._transitions_in_groups(recorded, self.store.active_version(self.policy))
-        rollouts = grouping.trained
+        found = self.group(recorded, self.store.active_version(self.policy))
+        rollouts = found.grouping.trained
         trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
-        self._count(rollouts, trajectories, left_out, grouping)
-        self._update(counts=dict(self._report.counts) | {"given_back": 0})  # nothing was taken
+        self._count(trajectories, given_back=0)  # nothing was taken
         waiting = self.store.backlog(self.policy)
         enough = (
             "" if len(recorded) >= self.settings.train.min_rollouts else f"; {self._too_few(len(recorded))}"
@@ -160,43 +148,47 @@ class Pass:
         self.progress(f"drained {len(recorded)} rewarded rollouts")
         return recorded
 
-    def prepare(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion) -> Batch:
-        """Transitions, groups, advantages, trajectories, rows."""
+    def group(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None) -> Grouped:
+        """What can be trained on, in groups, and what else there is to say of what was drained."""
         with self.clock.phase("prepare"):
-            left_out, grouping = self._transitions_in_groups(recorded, parent)
-        rollouts = grouping.trained
-        if grouping.groups:
-            with self.clock.phase("load"):  # the estimator is verl's: this imports it
-                estimate = estimator(self.settings.train)
-            with self.clock.phase("prepare"):
-                rollouts = assign(grouping.groups, credit=identical, estimator=estimate)
-        with self.clock.phase("prepare"):
-            trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
-            rows = pack(trajectories) if trajectories else None
-        self._count(rollouts, trajectories, left_out, grouping)
-        return Batch(rows, trajectories, grouping.for_later, grouping.keys)
+            found = grouped(recorded, self.settings, parent)
+        self._update(**found.for_report())
+        return found
 
-    def commit_nothing(self, lease: Lease, batch: Batch) -> TrainReport:
+    def prepare(self, grouping: Grouping) -> Batch | None:
+        """Advantages, trajectories, rows; ``None`` where there is nothing to train on."""
+        if not grouping.groups:
+            return None
+        with self.clock.phase("load"):  # the estimator is verl's: this imports it
+            estimate = estimator(self.settings.train)
+        with self.clock.phase("prepare"):
+            rollouts = assign(grouping.groups, credit=identical, estimator=estimate)
+            trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
+            batch = Batch(pack(trajectories), trajectories)
+        advantages = np.array([rollout.transitions[0].advantage for rollout in rollouts])
+        self._count(trajectories)
+        self._update(
+            advantages={
+                "mean": float(advantages.mean()),
+                "std": float(advantages.std()),
+                "min": float(advantages.min()),
+                "max": float(advantages.max()),
+            }
+        )
+        return batch
+
+    def commit_nothing(self, lease: Lease, grouping: Grouping) -> TrainReport:
         """Consume what can never be trained on."""
         report = self.report(Outcome.NOTHING, f"nothing to train on: {self._left_out_in_words()}")
-        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=batch.groups)
+        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=grouping.keys)
         return report
 
-    def collapse(self, batch: Batch, parent: PolicyVersion) -> Collapse | None:
+    def collapse(self, found: Grouped) -> Collapse | None:
         """What the drained rollouts say against an update, if anything (``guard``)."""
-        rewards = self._report.rewards
-        if rewards is None:
+        if found.look is None:
             return None
-        entropy = None if batch.rows is None else batch.rows.entropy_of(parent.version)
-        self._update(entropy=entropy)
-        counts = self._report.counts
-        return guard.collapse(
-            Look(parent.version, rewards, entropy),
-            self._looks(),
-            self.settings.guard,
-            mixed=counts["groups"],
-            equal=counts["groups_all_equal"],
-        )
+        mixed, equal = len(found.grouping.groups), found.grouping.all_equal
+        return guard.collapse(found.look, self._looks(), self.settings.guard, mixed=mixed, equal=equal)
 
     def _looks(self) -> list[Look]:
         """What earlier runs saw, oldest first."""
@@ -204,10 +196,10 @@ class Pass:
         looks = [Look.at(run.report) for run in reversed(runs) if run.state is RunState.COMMITTED]
         return [look for look in looks if look is not None]
 
-    def stop(self, lease: Lease, batch: Batch, found: Collapse) -> TrainReport:
+    def stop(self, lease: Lease, grouping: Grouping, found: Collapse) -> TrainReport:
         """Consume what was drained without an update; go back to the best version where that is wanted."""
         report = self.report(Outcome.GUARDED, f"nothing is trained: {found.message}")
-        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=batch.groups)
+        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=grouping.keys)
         self.progress(report.message)
         if found.best is None or not self.settings.guard.roll_back or found.best == report.parent:
             return report
@@ -241,7 +233,6 @@ class Pass:
         other weights sampled is weighed (``[train] importance``).
         """
         rows = batch.rows
-        assert rows is not None
         with self.clock.phase("compare"):
             computed = backend.logprobs(rows.as_told())
             fresh = rows.of_version(parent.version)
@@ -362,72 +353,13 @@ class Pass:
         clear_away(settings.train, self.policy, self.store.list_versions(self.policy), keep=keep)
         return Outcome.TRAINED
 
-    def _transitions_in_groups(
-        self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None
-    ) -> tuple[LeftOut, Grouping]:
-        train = self.settings.train
-        values = [each.value for each in recorded if each.value is not None]
-        self._update(reward_mean=float(np.mean(values)) if values else None)
-        left_out = LeftOut()
-        consequences = Consequences(self.settings.failures.training, self.policy, left_out)
-        rollouts = trainable_rollouts(consequences.keep(recorded), self._terms(parent), left_out)
-        rollouts = consequences.apply(rollouts)
-        self._update(
-            failures=consequences.counts.as_dict(),
-            rewards=_spread([each.value for each in rollouts if _made_by(each, parent)]),
-        )
-        # A full drain must not be blocked for ever by groups that never grow.
-        may_wait = len(recorded) < train.max_rollouts
-        grouping = form_groups(rollouts, min_size=train.min_group_size, may_wait=may_wait, left_out=left_out)
-        return left_out, grouping
-
-    def _terms(self, parent: PolicyVersion | None) -> Terms:
-        model = self.settings.policy.model if parent is None else Path(parent.path)
-        return Terms(
-            self.policy,
-            self.settings.train.max_row_tokens,
-            roles=self.settings.train.roles,
-            version=None if parent is None else parent.version,
-            oldest_version=0 if parent is None else parent.version - self.settings.train.max_version_age,
-            sampling_defaults=engine_defaults(model),
-        )
-
-    def _count(
-        self,
-        rollouts: Sequence[TrainableRollout],
-        trajectories: Sequence[Trajectory],
-        left_out: LeftOut,
-        grouping: Grouping,
-    ) -> None:
-        transitions = [transition for rollout in rollouts for transition in rollout.transitions]
-        firsts = [rollout.transitions[0] for rollout in rollouts]
-        advantages = np.array([first.advantage for first in firsts if first.advantage is not None])
-        self._update(
-            counts={
-                "rollouts": len(rollouts),
-                "groups": len({first.group for first in firsts}),
-                "groups_all_equal": grouping.all_equal,
-                "transitions": len(transitions),
-                "rows": len(trajectories),
-                "tokens": sum(len(row.token_ids) for row in trajectories),
-                "tokens_trained": sum(row.trained_tokens for row in trajectories),
-                "given_back": len(grouping.for_later),
-                "again": sum(rollout.again for rollout in rollouts),
-                "baseline_only": sum(len(members) for members in grouping.groups) - len(rollouts),
-            },
-            left_out=left_out.as_dict(),
-            drift={str(kind): number for kind, number in drifts(transitions).items()},
-            grouped_by=dict(Counter(first.group.method for first in firsts if first.group is not None)),
-            policy_versions=dict(Counter(str(transition.policy_version) for transition in transitions)),
-            advantages=None
-            if not len(advantages)
-            else {
-                "mean": float(advantages.mean()),
-                "std": float(advantages.std()),
-                "min": float(advantages.min()),
-                "max": float(advantages.max()),
-            },
-        )
+    def _count(self, trajectories: Sequence[Trajectory], **others: int) -> None:
+        rows = {
+            "rows": len(trajectories),
+            "tokens": sum(len(row.token_ids) for row in trajectories),
+            "tokens_trained": sum(row.trained_tokens for row in trajectories),
+        }
+        self._update(counts={**self._report.counts, **rows, **others})
 
     def _left_out_in_words(self) -> str:
         parts = [
@@ -447,21 +379,3 @@ class Pass:
 
     def _update(self, **values: Any) -> None:
         self._report = replace(self._report, **values)
-
-
-def _made_by(rollout: TrainableRollout, parent: PolicyVersion | None) -> bool:
-    return parent is not None and all(each.policy_version == parent.version for each in rollout.transitions)
-
-
-def _spread(values: Sequence[float]) -> Mapping[str, float] | None:
-    """Mean, standard deviation and so on; ``None`` where there are too few values for that."""
-    if len(values) < 2:
-        return None
-    found = np.array(values)
-    return {
-        "mean": float(found.mean()),
-        "std": float(found.std(ddof=1)),
-        "min": float(found.min()),
-        "max": float(found.max()),
-        "count": len(values),
-    }

@@ -20,7 +20,19 @@ from lightning_proxy.cli import app
 from lightning_proxy.store import Fidelity, Generation, RolloutState, Span, Store
 from tests.conftest import ProxyThread
 
-DOCUMENTED = ("init", "serve", "train", "run", "rollouts", "spans", "reward", "policies", "status", "demo")
+DOCUMENTED = (
+    "init",
+    "serve",
+    "train",
+    "run",
+    "tasks",
+    "rollouts",
+    "spans",
+    "reward",
+    "policies",
+    "status",
+    "demo",
+)
 ALL_COMMANDS = [(name,) for name in DOCUMENTED] + [("policies", "promote"), ("policies", "rollback")]
 
 

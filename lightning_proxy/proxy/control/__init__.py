@@ -2,6 +2,7 @@
 
 ``rewards``   ``POST /reward``
 ``rollouts``  ``/api/rollouts``, ``/api/spans``
+``tasks``     ``/api/tasks``, claims, heartbeats and ends of attempts
 ``policies``  ``/api/policies``, ``/api/runs``
 ``state``     ``/api/stats``, ``/healthz``, ``/readyz``, ``/metrics``
 ``access``    their ways to the store

@@ -71,7 +71,7 @@ class RolloutRoutes:
         state = request.query.get("state")
         task_id = request.query.get("task_id")
         limit = limit_of(request)
-        wanted = None if state is None else _rollout_state(state)
+        wanted = None if state is None else rollout_state_of(state)
         found = await self._access.read(
             lambda store: store.list_rollouts(state=wanted, task_id=task_id, limit=limit)
         )
@@ -95,8 +95,8 @@ class RolloutRoutes:
         posted = fields_of(await read_json(request), _CHANGE_FIELDS, "the change")
         if "state" not in posted:
             raise InvalidInput("the change lacks 'state': succeeded, failed or cancelled")
-        state = _rollout_state(posted["state"])
-        error_class = _error_class(posted.get("error_class"))
+        state = rollout_state_of(posted["state"])
+        error_class = error_class_of(posted.get("error_class"))
         rollout_id = request.match_info["rollout_id"]
         reason = posted.get("reason")
 
@@ -143,7 +143,8 @@ def _check_rollout(item: Mapping[str, Any]) -> None:
         raise InvalidInput(f"metadata is {item['metadata']!r}: an object is needed")
 
 
-def _error_class(text: object) -> ErrorClass | None:
+def error_class_of(text: object) -> ErrorClass | None:
+    """A class of failure by its name. Raises InvalidInput."""
     try:
         return None if text is None else ErrorClass(str(text))
     except ValueError:
@@ -151,7 +152,8 @@ def _error_class(text: object) -> ErrorClass | None:
         raise InvalidInput(f"{text!r} is no error_class; there are {known}") from None
 
 
-def _rollout_state(text: object) -> RolloutState:
+def rollout_state_of(text: object) -> RolloutState:
+    """A state by its name. Raises InvalidInput."""
     try:
         return RolloutState(str(text))
     except ValueError:

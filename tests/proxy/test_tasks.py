@@ -1,0 +1,201 @@
+"""The task pool over HTTP: what workers on any machine ask of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from lightning_proxy.store import RolloutState
+from tests.conftest import MakeProxy, ProxyThread, wait_until
+from tests.engine import EngineThread
+from tests.proxy.raw_http import HELLO, JSON, send
+from tests.proxy.test_control import api, refused
+
+
+def enqueue(proxy: ProxyThread, task_id: str = "a", **settings: Any) -> Any:
+    return api(proxy, "tasks", {"task_id": task_id, "input": {"q": task_id}, **settings})
+
+
+def claim(proxy: ProxyThread, **wanted: Any) -> list[Any]:
+    given: list[Any] = api(proxy, "tasks/claim", {"worker": "w", **wanted})["assignments"]
+    return given
+
+
+def test_a_task_is_enqueued_once(proxy: ProxyThread) -> None:
+    task = {"task_id": "a", "input": {"q": 1}, "group_size": 2}
+    first, again = send(proxy.url, "/api/tasks", task), send(proxy.url, "/api/tasks", task)
+    assert (first.status, again.status) == (201, 200)
+    assert (first.json["created"], again.json["created"]) == (True, False)
+    status, message = refused(proxy, "tasks", {"task_id": "a", "input": {"q": 2}})
+    assert (status, "another input" in message) == (409, True)
+
+
+def test_a_list_of_tasks_is_enqueued_as_one(proxy: ProxyThread) -> None:
+    made = api(proxy, "tasks", [{"task_id": "a", "q": 1}, {"task_id": "b", "q": 1}])["tasks"]
+    assert [each["task_id"] for each in made] == ["a", "b"]
+    status, message = refused(proxy, "tasks", [{"task_id": "c", "q": 1}, {"task_id": "d"}])
+    assert (status, message.startswith("tasks[1] has no input")) == (400, True)
+    assert refused(proxy, "tasks", [{"task_id": "c", "q": 1}, {"task_id": "a", "q": 2}])[0] == 409
+    assert [each["task_id"] for each in api(proxy, "tasks")["tasks"]] == ["a", "b"]
+
+
+def test_a_claim_has_all_that_an_agent_needs(proxy: ProxyThread, engine: EngineThread) -> None:
+    enqueue(proxy, metadata={"split": "train"}, resources={"prompt": "p"}, timeout_s=60, silence_s=5)
+    [given] = claim(proxy, lease_s=30)
+    assert (given["task_id"], given["attempt"], given["round"], given["input"]) == ("a", 1, 1, {"q": "a"})
+    assert (given["metadata"], given["resources"]) == ({"split": "train"}, {"prompt": "p"})
+    assert (given["timeout_s"], given["silence_s"]) == (60, 5)
+    assert 20 < given["lease_expires_at"] - time.time() <= 30
+    by_path = send(given["base_url"], "/chat/completions", HELLO)
+    by_key = send(
+        proxy.url, "/v1/chat/completions", HELLO, (*JSON, ("Authorization", f"Bearer {given['api_key']}"))
+    )
+    assert (by_path.status, by_key.status) == (200, 200)
+    with proxy.store() as store:
+        spans = store.spans_of_attempt(given["rollout_id"], 1)
+    assert [span.attributed_by for span in spans] == ["path", "key"]
+
+
+def test_an_attempt_goes_its_way_by_heartbeat_and_finish(proxy: ProxyThread) -> None:
+    enqueue(proxy, max_attempts=2)
+    [first] = claim(proxy)
+    attempt = f"rollouts/{first['rollout_id']}/attempts/1"
+    beat = api(proxy, f"{attempt}/heartbeat", {"lease_s": 100, "alive": False})
+    assert (beat["stop"], beat["reason"]) == (False, None)
+    assert beat["lease_expires_at"] > time.time() + 90
+    end = {"state": "failed", "exit_code": 3}
+    for _ in range(2):
+        assert api(proxy, f"{attempt}/finish", end)["state"] == "open"
+    [second] = claim(proxy)
+    assert (second["rollout_id"], second["attempt"]) == (first["rollout_id"], 2)
+    assert second["base_url"].endswith("/attempt/2/v1")
+    assert api(proxy, f"{attempt}/heartbeat", {})["stop"]
+    status, message = refused(proxy, f"{attempt}/finish", {"state": "succeeded"})
+    assert status == 409
+    assert "it ended as failed (exit code 3), and attempt 2 was given to w" in message
+    done = api(proxy, f"rollouts/{first['rollout_id']}/attempts/2/finish", {"state": "succeeded"})
+    assert done["state"] == "succeeded"
+    shown = api(proxy, "tasks/a")
+    assert (shown["state"], shown["succeeded"], shown["failed"]) == ("done", 1, 0)
+    assert [each["tries"] for each in shown["rollouts"]] == [1]
+
+
+def test_an_attempt_is_given_back(proxy: ProxyThread) -> None:
+    enqueue(proxy)
+    [first] = claim(proxy)
+    api(proxy, f"rollouts/{first['rollout_id']}/attempts/1/release", {"reason": "going home"})
+    [second] = claim(proxy)
+    assert (second["rollout_id"], second["attempt"]) == (first["rollout_id"], 2)
+
+
+def test_a_worker_that_is_back_gets_its_attempts_again(proxy: ProxyThread) -> None:
+    enqueue(proxy, group_size=2)
+    claim(proxy, limit=2, lease_s=1000)
+    assert claim(proxy) == []
+    assert api(proxy, "tasks/abandon", {"worker": "w"}) == {"abandoned": 2}
+    assert [each["attempt"] for each in claim(proxy, limit=2)] == [2, 2]
+
+
+def test_a_claim_waits_for_work(proxy: ProxyThread) -> None:
+    got: list[Any] = []
+    waiting = threading.Thread(target=lambda: got.extend(claim(proxy, wait_s=20)))
+    waiting.start()
+    time.sleep(0.2)
+    begun = time.monotonic()
+    enqueue(proxy)
+    waiting.join(20)
+    assert [each["task_id"] for each in got] == ["a"]
+    assert time.monotonic() - begun < 10
+    assert claim(proxy, wait_s=0.1) == []
+
+
+def test_the_silent_and_the_late_are_failed_while_nobody_claims(proxy: ProxyThread) -> None:
+    enqueue(proxy, timeout_s=0.2)
+    enqueue(proxy, "b", silence_s=0.2)
+    late, silent = claim(proxy, limit=2)
+
+    def classes() -> list[Any]:
+        with proxy.store() as store:
+            return [store.get_rollout(each["rollout_id"]).error_class for each in (late, silent)]
+
+    wait_until(lambda: None not in classes(), 20)
+    assert classes() == ["timeout", "silent_death"]
+
+
+def test_time_without_a_proxy_is_nobodys_silence(make_proxy: MakeProxy, engine: EngineThread) -> None:
+    before = make_proxy(engine.base_url)
+    enqueue(before, silence_s=30)
+    [given] = claim(before, lease_s=30)
+    with before.store() as store, store.transaction():
+        store.connection.execute("UPDATE task_rollouts SET lease_expires_at = 1, alive_at = 1")
+    after = make_proxy(engine.base_url)
+
+    def kept() -> bool:
+        with after.store() as store:
+            expires_at: float = store.scalar("SELECT lease_expires_at FROM task_rollouts")
+            return expires_at > time.time()
+
+    wait_until(kept)
+    assert not api(after, f"rollouts/{given['rollout_id']}/attempts/1/heartbeat", {})["stop"]
+
+
+def test_a_task_is_cancelled_with_what_runs(proxy: ProxyThread) -> None:
+    enqueue(proxy, group_size=2)
+    [given] = claim(proxy)
+    cancelled = api(proxy, "tasks/a/cancel", {"reason": "enough"})
+    assert (cancelled["state"], cancelled["cancelled"], cancelled["to_do"]) == ("cancelled", 1, 0)
+    beat = api(proxy, f"rollouts/{given['rollout_id']}/attempts/1/heartbeat", {})
+    assert (beat["stop"], beat["reason"]) == (True, "it ended as cancelled (enough)")
+    with proxy.store() as store:
+        assert store.get_rollout(given["rollout_id"]).state is RolloutState.CANCELLED
+
+
+def test_progress_and_lists_tell_how_far_it_is(proxy: ProxyThread) -> None:
+    enqueue(proxy, group_size=2)
+    enqueue(proxy, "b")
+    [given] = claim(proxy)
+    send(proxy.url, "/reward", {"rollout_id": given["rollout_id"], "value": 1.0})
+    api(proxy, f"rollouts/{given['rollout_id']}/attempts/1/finish", {"state": "succeeded"})
+    progress = api(proxy, "tasks/progress", {"task_ids": ["a"]})
+    assert (progress["tasks_open"], progress["rollouts"], progress["succeeded"]) == (1, 2, 1)
+    first, second = api(proxy, "tasks?state=open")["tasks"]
+    assert (first["to_do"], first["succeeded"], first["success_rate"], first["mean_reward"]) == (1, 1, 1, 1)
+    assert (second["task_id"], second["success_rate"]) == ("b", None)
+    assert [each["task_id"] for each in api(proxy, "tasks?after=a&limit=1")["tasks"]] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("tasks", {"task_id": "x"}, 400, "has no input"),
+        ("tasks/claim", {}, 400, "lacks 'worker'"),
+        ("tasks/claim", {"worker": "w", "limit": 0}, 400, "limit"),
+        ("tasks/claim", {"worker": "w", "lease_s": 0}, 400, "lease"),
+        ("tasks/claim", {"worker": "w", "lease_s": "x"}, 400, "lease_s"),
+        ("tasks/claim", {"worker": "w", "prefer": "easy"}, 400, "disagreement"),
+        ("tasks/claim", {"worker": "w", "task_ids": [1]}, 400, "task_ids"),
+        ("tasks/claim", {"worker": "w", "count": 1}, 400, "unknown fields count"),
+        ("tasks/abandon", {}, 400, "lacks 'worker'"),
+        ("tasks/gone/cancel", {}, 404, "no task 'gone'"),
+        ("rollouts/gone/attempts/1/heartbeat", {}, 404, "task pool"),
+        ("rollouts/gone/attempts/x/heartbeat", {}, 400, "whole number"),
+        ("rollouts/gone/attempts/0/finish", {"state": "failed"}, 404, "from 1"),
+        ("rollouts/gone/attempts/1/finish", {}, 400, "lacks 'state'"),
+        ("rollouts/gone/attempts/1/finish", {"state": "tired"}, 400, "succeeded"),
+        ("rollouts/gone/attempts/1/finish", {"state": "failed", "error_class": "x"}, 400, "agent_crash"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    proxy: ProxyThread, path: str, body: object, status: int, said: str
+) -> None:
+    answered, message = refused(proxy, path, body)
+    assert answered == status
+    assert said in message
+
+
+def test_an_unknown_task_and_state_are_refused(proxy: ProxyThread) -> None:
+    assert refused(proxy, "tasks/gone")[0] == 404
+    assert refused(proxy, "tasks?state=tired")[0] == 400
