@@ -128,6 +128,9 @@ class Span:
     retry: int = 0  # tries of the same call before this one, as the client's SDK says
     # Digest of messages and reply, where the conversation may be needed to attribute a later call.
     conversation: bytes | None = None
+    # Counted by the store: the first generation's prompt, all responses. None: there are no token ids.
+    prompt_tokens: int | None = field(default=None, compare=False)
+    response_tokens: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

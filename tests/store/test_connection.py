@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -198,10 +199,10 @@ def test_a_full_database_is_unavailable_and_keeps_what_it_had(store: Store) -> N
     pages = store.scalar("PRAGMA page_count")
     store.scalar(f"PRAGMA max_page_count={pages}")
     with pytest.raises(StoreUnavailable, match="full"), store.transaction():
-        store.add_span(make_span(request=b"x" * 100_000))
+        store.add_span(make_span(request=os.urandom(100_000)))
     assert store.stats()["spans"] == 0
     store.scalar("PRAGMA max_page_count=1000000")
-    store.add_span(make_span(request=b"x" * 100_000))
+    store.add_span(make_span(request=os.urandom(100_000)))
     assert store.stats()["spans"] == 1
 
 
