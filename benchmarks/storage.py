@@ -19,7 +19,7 @@ import textwrap
 import time
 import traceback
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,15 @@ _LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 _TURN_MARKS = ["<|im_start|>", "<|im_end|>"]
 
 _SYSTEM = """
-You are a coding agent. You work in a checkout of a Python project on the user's machine and you are done when
-the task is solved and all tests pass. Work in small steps. Before you change a file, read the part that you are about
-to change; never guess what is in it. After every change run the tests that cover it, and read the whole traceback when
-one fails before you try the next thing. Keep the style of the code around you: its names, its quotes, its way
-with errors. Do not add dependencies. Do not touch files that the task does not need. Explain in one or two sentences
-what you are about to do, then call exactly one tool. When you are done, say what you changed and why, in plain words.
-The project uses Python's own unittest. Paths are relative to the root of the checkout. Output of commands longer than
-30,000 characters is cut in the middle. Commands that run for more than two minutes are stopped.
+You are a coding agent. You work in a checkout of a Python project on the user's machine and you are done
+when the task is solved and all tests pass. Work in small steps. Before you change a file, read the part
+that you are about to change; never guess what is in it. After every change run the tests that cover it,
+and read the whole traceback when one fails before you try the next thing. Keep the style of the code
+around you: its names, its quotes, its way with errors. Do not add dependencies. Do not touch files that
+the task does not need. Explain in one or two sentences what you are about to do, then call exactly one
+tool. When you are done, say what you changed and why, in plain words. The project uses Python's own
+unittest. Paths are relative to the root of the checkout. Output of commands longer than 30,000
+characters is cut in the middle. Commands that run for more than two minutes are stopped.
 """
 
 
@@ -135,11 +136,11 @@ class Library:
 
     def traceback(self) -> str:
         """Of something in the library that really fails."""
-        calls = [
+        calls: list[Callable[[], object]] = [
             lambda: json.loads('{"a": [1, 2,, 3]}'),
-            lambda: textwrap.dedent(None),  # type: ignore[type-var]  # it is meant to fail
+            lambda: textwrap.dedent("a" * 3)[7],
             lambda: Path("/nowhere/at/all").read_text(),
-            lambda: array("i", ["not a number"]),  # type: ignore[list-item]  # it is meant to fail
+            lambda: array("i", [2**40]),
             lambda: tempfile.mkdtemp(dir="/nowhere"),
             lambda: random.Random(0).sample([1, 2], 3),
         ]
@@ -158,7 +159,7 @@ def spans(tokenizer: Tokenizer, library: Library, rollout_id: str) -> Iterator[S
     """The agent's calls: each request holds everything before it."""
     random_ = library.random
     talk = Conversation([], array("i"))
-    _say(talk, tokenizer, {"role": "system", "content": _SYSTEM.strip() + "\n\n" + _guidelines(library)})
+    _say(talk, tokenizer, {"role": "system", "content": _SYSTEM.strip() + "\n\n" + _guidelines()})
     talk.ids.extend(tokenizer.encode(json.dumps(_TOOLS)).ids)
     _say(talk, tokenizer, {"role": "user", "content": "The tests fail since the last change. Find out why."})
     for turn in range(TURNS):
@@ -167,7 +168,7 @@ def spans(tokenizer: Tokenizer, library: Library, rollout_id: str) -> Iterator[S
         call = {"id": call_id, "type": "function", "function": arguments}
         answer = {"role": "assistant", "content": reply, "tool_calls": [call]}
         said = reply + "\n<tool_call>\n" + json.dumps(arguments) + "\n</tool_call>"
-        written = array("i", tokenizer.encode(said).ids + [tokenizer.token_to_id("<|im_end|>")])
+        written = array("i", [*tokenizer.encode(said).ids, tokenizer.token_to_id("<|im_end|>")])
         prompt = talk.ids + array("i", tokenizer.encode("<|im_start|>assistant\n").ids)
         yield _span(
             rollout_id,
@@ -183,13 +184,9 @@ def spans(tokenizer: Tokenizer, library: Library, rollout_id: str) -> Iterator[S
         _say(talk, tokenizer, {"role": "tool", "tool_call_id": call_id, "content": shortened})
 
 
-def _guidelines(library: Library) -> str:
-    """What a project's own AGENTS.md adds to the system prompt: prose, here a module's docstring."""
-    del library
-    import argparse as module  # a long docstring and comments, the same on every machine
-
-    text = Path(module.__file__).read_text(encoding="utf-8")
-    return "Guidelines of this project:\n\n" + text[:9000]
+def _guidelines() -> str:
+    """What a project's own AGENTS.md adds to the system prompt: here the beginning of a module."""
+    return "Guidelines of this project:\n\n" + _text(_LIBRARY / "argparse.py")[:9000]
 
 
 def _say(talk: Conversation, tokenizer: Tokenizer, message: dict[str, Any]) -> None:
@@ -304,7 +301,7 @@ def measure(tokenizer: Tokenizer, library: Library, db: Path, rollouts: int) -> 
     own = engine = 0
     written: list[Span] = []
     with Store.open(db) as store:
-        for number in range(rollouts):
+        for _ in range(rollouts):
             written = list(spans(tokenizer, library, f"ro-{library.random.randbytes(8).hex()}"))
             started = time.thread_time()
             ids = [store.add_span(span) for span in written]
@@ -352,14 +349,15 @@ def main() -> None:
         ]
     print(f"Rollouts of {TURNS} calls; the last prompt has {figures[0]['context_tokens']} tokens.\n")
     print(
-        "| rollouts | agent's bodies | file | ratio | bodies with ids and logprobs | ratio | read a rollout | read its last call | write, CPU per call |"
+        "| rollouts | agent's bodies | file | ratio | bodies with ids and logprobs | ratio "
+        "| read a rollout | read its last call | write, CPU per call |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for f in figures:
         print(
-            f"| {f['rollouts']} | {f['own_bytes'] / 1e6:.2f} MB | {f['file_bytes'] / 1e6:.3f} MB | {f['ratio']:.1f} "
-            f"| {f['engine_bytes'] / 1e6:.2f} MB | {f['engine_ratio']:.1f} | {f['read_rollout_ms']:.0f} ms "
-            f"| {f['read_last_span_ms']:.0f} ms | {f['write_ms_per_span']:.2f} ms |"
+            f"| {f['rollouts']} | {f['own_bytes'] / 1e6:.2f} MB | {f['file_bytes'] / 1e6:.3f} MB "
+            f"| {f['ratio']:.1f} | {f['engine_bytes'] / 1e6:.2f} MB | {f['engine_ratio']:.1f} "
+            f"| {f['read_rollout_ms']:.0f} ms | {f['read_last_span_ms']:.0f} ms | {f['write_ms_per_span']:.2f} ms |"
         )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))

@@ -29,6 +29,7 @@ from .auth import Guard
 from .control.access import Access
 from .control.policies import PolicyRoutes
 from .control.requests import http_status
+from .control.retention import RetentionRoutes
 from .control.rewards import RewardRoutes
 from .control.rollouts import RolloutRoutes
 from .control.state import StateRoutes
@@ -40,6 +41,7 @@ from .keys import Attributor
 from .metrics import Metrics
 from .problem import problem
 from .recorder import Recorder
+from .retention import Retention
 from .roles import Roles
 from .switch import Switch
 from .tasks import Tasks
@@ -89,6 +91,7 @@ class Parts:
     attributor: Attributor
     tasks: Tasks
     forwarder: Forwarder
+    retention: Retention
     base_url: str = ""
 
 
@@ -116,6 +119,7 @@ def _own_routes(parts: Parts) -> list[web.RouteDef]:
     of_each_kind = (
         RewardRoutes(access, parts.metrics),
         RolloutRoutes(access, parts.attributor, lambda: parts.base_url),
+        RetentionRoutes(parts.retention),
         PolicyRoutes(access, parts.switch),
         StateRoutes(
             access,
@@ -185,6 +189,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         attributor,
         tasks,
         forwarder,
+        Retention(lambda: open_store(settings), settings.store.keep_days),
     )
 
 
@@ -216,7 +221,10 @@ def _life(parts: Parts, engine_process: EngineProcess | None) -> Callable[[web.A
         await _register_model(parts)
         if engine_process is None:
             await _begin_with_active(parts)
+        if parts.retention.keep_days:
+            parts.tasks.spawn("delete old rollouts", parts.retention.keep())
         yield
+        parts.retention.close()
         await parts.tasks.close()
         await parts.upstreams.close()
         await parts.writer.close()

@@ -29,7 +29,8 @@ from lightning_proxy.store.records import Generation, Span
 from lightning_proxy.store.rollouts import Rollouts
 
 _ADD = """
-INSERT INTO contents (span_id, base, root, depth, chain, response, request, tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+INSERT INTO contents (span_id, base, root, depth, chain, response, request, tokens)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
 _NEWEST = """
 SELECT span_id FROM spans WHERE rollout_id = ? AND attempt = ? ORDER BY span_id DESC LIMIT ?"""
 _BASES = "SELECT span_id, base FROM contents WHERE span_id IN (SELECT value FROM json_each(?))"
@@ -169,6 +170,25 @@ class Archive(Rollouts):
             self.connection.execute("UPDATE spans SET span_id = ? WHERE span_id = ?", (fresh, span_id))
             return fresh
         return span_id
+
+    def delete_newest_spans(self, rollout_id: str, most: int) -> int:
+        """Delete spans of a rollout with their content, and their rewards; returns how many.
+
+        Newest first, so that what is left can be read. Runs in the caller's transaction.
+        """
+        sql = "SELECT span_id FROM spans WHERE rollout_id = ? ORDER BY span_id DESC LIMIT ?"
+        gone = id_list(row["span_id"] for row in self.rows(sql, (rollout_id, most)))
+        execute = self.connection.execute
+        for table in ("rewards", "contents", "generations", "spans"):
+            count = execute(f"DELETE FROM {table} WHERE span_id IN (SELECT value FROM json_each(?))", (gone,))
+        execute(
+            "UPDATE deletions SET count = count + 1, last_span_id = "
+            "max(last_span_id, (SELECT coalesce(max(value), 0) FROM json_each(?)))",
+            (gone,),
+        )
+        self.read_deletions()
+        self.forget_content()
+        return count.rowcount
 
     # -- reading --
 

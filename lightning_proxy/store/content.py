@@ -3,25 +3,25 @@
 Pure functions, no SQL. A span's content lies in three pieces, so that each can be read without the others:
 
 ``response``
-    The response's body, with the first response of the chain at hand (zstd's patch-from), which has the same form.
+    The response's body, with the chain's first response at hand (zstd's patch-from): it has the same form.
 ``request``
     How many bytes the request's body has in common with the *base* at its beginning and at its end, and
     the rest. It is told with the end of what is in common, with what the base has in place of the rest,
-    and with the base's response at hand: an answer comes back as a message of the next request, and what moved
-    or was shortened costs a few bytes.
+    and with the base's response at hand: an answer comes back as a message of the next request, and what
+    moved or was shortened costs a few bytes.
 ``tokens``
     For each generation how many of its prompt's ids it has in common with the base's prompt and response;
     the other ids, with the base's last ones at hand; and the logprobs. The second and later generations are
     told by the first one of their own span.
 
-A short span costs more time to be told like that than it saves room: what it does not have in common with its base
-lies together in one frame, in ``request``.
+For a short span that costs more time than it saves room: what it does not have in common with its base lies
+together in one frame, in ``request``.
 
 The base is the one of the attempt's last spans with the most in common (:func:`best_base`). Where none
 has much, a span is told by itself, and begins a chain: ``depth`` counts the spans that must be read before
-it, ``chain`` the bytes of all of them and its own. Where reading one span would take much more than its own size
-(:func:`_is_too_long`), a new chain begins, so that it costs in proportion to that; the copies add at
-most a quarter to the file. A 50-turn conversation of 60,000 tokens is one chain.
+it, ``chain`` the bytes of all of them and its own. Where reading one span would take much more than its
+own size (:func:`_is_too_long`), a new chain begins, so that it costs in proportion to that; the copies
+add at most about a quarter to the file. A 50-turn conversation of 60,000 tokens is one chain.
 
 Everything comes back bit for bit. What is written here is read by later versions: a change of the layout
 is a new value of the first byte.
@@ -30,9 +30,9 @@ is a new value of the first byte.
 from __future__ import annotations
 
 import struct
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import orjson
 from backports import zstd
@@ -62,12 +62,12 @@ _PARAMETER = zstd.CompressionParameter
 _LONG = 2**20  # bytes, both bodies together; from here on level 3 does not find all of what is alike
 _LARGEST_WINDOW_LOG = 31
 _SHORTEST_PREFIX = 8  # bytes that zstd wants at least
-_DECODING = {zstd.DecompressionParameter.window_log_max: _LARGEST_WINDOW_LOG}
+_DECODING: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _LARGEST_WINDOW_LOG}
 # Kept, for making one costs more than compressing a small body. One call of compress() is a whole frame, and
 # the object lets in one thread at a time.
 _FIRST_BYTE = (b"\0", b"\1", b"\2")
 _compressor = zstd.ZstdCompressor(level=_LEVEL)
-_FRAME = zstd.ZstdCompressor.FLUSH_FRAME
+_FRAME: Final = zstd.ZstdCompressor.FLUSH_FRAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +314,7 @@ def _planes(packed: bytes) -> bytes:
 
 
 def _compressed(data: bytes, at_hand: bytes = b"") -> bytes:
-    """A frame of zstd; nothing for nothing. ``at_hand``: what the reader will have, and ``data`` may repeat."""
+    """A frame of zstd; nothing for nothing. ``at_hand``: what the reader will have too."""
     if not data:
         return b""
     size = len(data) + len(at_hand)

@@ -207,5 +207,8 @@ def _span_from(row: sqlite3.Row | dict[str, Any], said: Said) -> Span:
     values["streamed"] = bool(values["streamed"])
     values["usage"] = None if values["usage"] is None else orjson.loads(values["usage"])
     values["sampling"] = orjson.loads(values["sampling"])
+    if values["prompt_tokens"] is None and said.generations:  # from before these counts were kept
+        values["prompt_tokens"] = len(said.generations[0].prompt_token_ids)
+        values["response_tokens"] = sum(len(one.response_token_ids) for one in said.generations)
     values |= {"request": said.request, "response": said.response, "generations": said.generations}
     return Span(**values)
