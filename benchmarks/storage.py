@@ -357,7 +357,8 @@ def main() -> None:
         print(
             f"| {f['rollouts']} | {f['own_bytes'] / 1e6:.2f} MB | {f['file_bytes'] / 1e6:.3f} MB "
             f"| {f['ratio']:.1f} | {f['engine_bytes'] / 1e6:.2f} MB | {f['engine_ratio']:.1f} "
-            f"| {f['read_rollout_ms']:.0f} ms | {f['read_last_span_ms']:.0f} ms | {f['write_ms_per_span']:.2f} ms |"
+            f"| {f['read_rollout_ms']:.0f} ms | {f['read_last_span_ms']:.0f} ms "
+            f"| {f['write_ms_per_span']:.2f} ms |"
         )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))

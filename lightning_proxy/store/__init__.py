@@ -5,12 +5,16 @@ tables), then the part that you are after::
 
     connection.py   opening, migrating, transactions, SQLite's errors in our words
     rollouts.py     rollouts, attempts, keys
-    spans.py        spans and generations; adding one is the hot path
+    spans.py        spans; adding one is the hot path
+    content.py      what a span holds, told by an earlier one: encoding and decoding, no SQL
+    archive.py      where that lies, written and read back
+    recent.py       the last spans' content, in memory: what the next ones are told by
     packing.py      token ids and logprobs as bytes
     rewards.py      the ledger of rewards
     policies.py     versions of policies: staged, active, retired, rejected
     runs.py         training runs: leases, draining, committing
     store.py        `Store`, all of the above in one class, with the lists and counts across them
+    retention.py    deleting rollouts, emptying the log, VACUUM
     json_view.py    records as JSON values
     writer.py       `Writer`, the one writer thread of an asyncio process, with group commit
 

@@ -227,14 +227,16 @@ class Archive(Rollouts):
             self._checked.clear()
         self._checked.add(attempt)
         present = [row[0] for row in self.rows(_NEWEST, (*attempt, MOST_ENDS))]
-        known = {end.span_id: end for end in self._recent.ends(attempt)}
-        if present and present[0] in known:  # spans are deleted newest first: the older ones are there too
+        ends = self._recent.ends(attempt)
+        newest = ends[0].span_id if ends else 0
+        if present and present[0] == newest:  # spans are deleted newest first: the older ones are there too
             return
-        there = {row["span_id"] for row in self.rows(_BASES, (id_list(known),))} if known else set()
-        known = {span_id: end for span_id, end in known.items() if span_id in there}
-        wanted = set(present)
-        ends = [content for content, *_ in self._read(wanted, known) if content.span_id in wanted]
-        self._recent.put(attempt, ends[::-1])
+        there = {row["span_id"] for row in self.rows(_BASES, (id_list(end.span_id for end in ends),))}
+        known = {end.span_id: end for end in ends if end.span_id in there}
+        # What is older than the newest that we know, and not known, has been extended by what is known.
+        missing = {span_id for span_id in present if span_id > newest or not known}
+        read = [content for content, *_ in self._read(missing, known) if content.span_id in missing]
+        self._recent.put(attempt, [*read[::-1], *known.values()][:MOST_ENDS])
 
     def _read(
         self, wanted: Collection[int], known: Mapping[int, Content], *, tokens: bool = True

@@ -20,7 +20,19 @@ from lightning_proxy.cli import app
 from lightning_proxy.store import Fidelity, Generation, RolloutState, Span, Store
 from tests.conftest import ProxyThread
 
-DOCUMENTED = ("init", "serve", "train", "run", "rollouts", "spans", "reward", "policies", "status", "demo")
+DOCUMENTED = (
+    "init",
+    "serve",
+    "train",
+    "run",
+    "rollouts",
+    "spans",
+    "reward",
+    "policies",
+    "prune",
+    "status",
+    "demo",
+)
 ALL_COMMANDS = [(name,) for name in DOCUMENTED] + [("policies", "promote"), ("policies", "rollback")]
 
 
@@ -117,6 +129,9 @@ def test_init_does_not_replace_a_file_unless_told_to() -> None:
         (("reward", "r-1", "good"), "valid"),
         (("rollouts", "--state", "done"), "open"),
         (("spans", "--limit", "0"), "1"),
+        (("prune",), "--older-than"),
+        (("prune", "--older-than", "30"), "30d"),
+        (("prune", "--tag", "customer"), "KEY=VALUE"),
         (("trian",), "train"),
     ],
 )

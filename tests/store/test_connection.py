@@ -130,13 +130,13 @@ def test_spans_of_version_3_are_read_beside_new_ones(db: Path) -> None:
         connection.execute("PRAGMA user_version=3")
         connection.execute("INSERT INTO rollouts (rollout_id, state, created_at) VALUES ('r1', 'open', 1.0)")
         connection.execute(
-            "INSERT INTO spans (rollout_id, attempt, wire, model, policy, policy_version, policy_version_end, "
-            "attributed_by, attribution_confidence, started_at, first_byte_at, ended_at, streamed, status, "
-            "response_id, fidelity, usage, sampling, request, response, conversation) "
-            "VALUES ('r1', 1, 'chat', 'policy', 'policy', 3, 4, 'path', 1.0, 1000.0, 1000.25, 1001.5, 1, 200, "
-            "'chatcmpl-1', 'exact', '{\"prompt_tokens\":3,\"completion_tokens\":2}', '{\"temperature\":0.5}', "
-            "?, ?, ?)",
-            (old.request, old.response, old.conversation),
+            "INSERT INTO spans (rollout_id, attempt, wire, model, policy, policy_version, "
+            "policy_version_end, attributed_by, attribution_confidence, started_at, first_byte_at, "
+            "ended_at, streamed, status, response_id, fidelity, usage, sampling, request, response, "
+            "conversation) "
+            "VALUES ('r1', 1, 'chat', 'policy', 'policy', 3, 4, 'path', 1.0, 1000.0, 1000.25, 1001.5, 1, "
+            "200, 'chatcmpl-1', 'exact', ?, '{\"temperature\":0.5}', ?, ?, ?)",
+            ('{"prompt_tokens":3,"completion_tokens":2}', old.request, old.response, old.conversation),
         )
         for choice, one in enumerate(old.generations):
             packed = (

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from lightning_proxy.store import Generation, Span, Store
-from lightning_proxy.store.content import _common_head, _common_tail
+from lightning_proxy.store import Generation, Span, Store, archive
+from lightning_proxy.store.content import Content, Encoded, _common_head, _common_tail, decode
 from tests.store.support import make_span
 
 # -- random branching conversations ------------------------------------------------------------------
@@ -290,10 +290,20 @@ def test_a_conversation_that_goes_on_after_a_restart_is_still_stored_once(db: Pa
         assert store.scalar("SELECT count(*) FROM contents WHERE base IS NULL") == 1
 
 
-def test_processes_that_take_turns_store_a_conversation_once(db: Path) -> None:
+def test_processes_that_take_turns_store_a_conversation_once(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Encoded] = []
+
+    def counting(told: Encoded, base: Content | None) -> object:
+        decoded.append(told)
+        return decode(told, base)
+
+    monkeypatch.setattr(archive, "decode", counting)
     with Store.open(db) as one, Store.open(db) as other:
         for turn, span in enumerate(coding_agent(12)):
             (one, other)[turn % 2].add_span(span)
+        assert len(decoded) == 11  # each only what the other one has just written
         assert one.scalar("SELECT count(*) FROM contents WHERE base IS NOT span_id - 1") == 1
 
 

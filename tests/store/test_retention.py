@@ -194,6 +194,17 @@ def test_the_id_of_a_deleted_span_is_not_given_out_again(store: Store, db: Path)
         assert third.add_span(make_span()) == again + 2
 
 
+def test_a_call_in_a_rollout_that_is_half_deleted_is_told_by_what_is_left(store: Store, db: Path) -> None:
+    main, sub = b"a long word " * 100, b"another agent's words " * 100
+    with Store.open(db) as other:
+        for body in (main, sub, main + b"1", sub + b"1", main + b"2"):
+            store.add_span(make_span(request=body))
+        with other.transaction():
+            other.delete_newest_spans("r1", 1)
+        span_id = store.add_span(make_span(request=main + b"3"))
+    assert store.get_span(span_id).request == main + b"3"
+
+
 def test_vacuum_makes_the_file_smaller(store: Store, db: Path) -> None:
     for number in range(20):
         store.add_span(make_span(rollout_id=f"r{number}", request=os.urandom(50_000)))
