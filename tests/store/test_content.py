@@ -80,6 +80,7 @@ class Conversations(RuleBasedStateMachine):
         answers=st.lists(st.tuples(utterances, token_ids, logprobs), max_size=3),
         through=st.integers(0, 1),
         undone=st.booleans(),
+        repeated=st.booleans(),
     )
     def call(
         self,
@@ -90,11 +91,13 @@ class Conversations(RuleBasedStateMachine):
         answers: list[tuple[bytes, array[int], array[float]]],
         through: int,
         undone: bool,
+        repeated: bool,
     ) -> None:
-        """A call, recorded; or recorded and rolled back, and then tried again."""
+        """A call, recorded; or recorded and rolled back, and then tried again; or the same prompt again."""
         speaker = self.speakers[who]
-        speaker.said.append(said)
-        speaker.ids = speaker.ids + ids
+        if not repeated:
+            speaker.said.append(said)
+            speaker.ids = speaker.ids + ids
         failed = not answers and said.startswith(b"o")
         span = make_span(
             attempt=attempt,
@@ -111,7 +114,7 @@ class Conversations(RuleBasedStateMachine):
             with pytest.raises(ZeroDivisionError):
                 _write_and_undo(store, span)
         self.written[store.add_span(span)] = span
-        if answers:
+        if answers and not repeated:
             speaker.said.append(answers[0][0])
             speaker.ids = speaker.ids + answers[0][1]
 
@@ -182,6 +185,15 @@ def test_what_two_bodies_share_is_counted_exactly(head: bytes, a: bytes, b: byte
     room = shortest - same
     same_end = next((i for i in range(room) if one[-1 - i] != other[-1 - i]), room)
     assert _common_tail(one, other, room) == same_end
+
+
+def test_the_same_prompt_answered_alike_comes_back_as_it_was(store: Store) -> None:
+    prompt = array("i", range(5000))
+    for answer in ([7, 8, 9, 10], [7, 8, 9], [7, 8, 9, 10, 11], [], [7, 8]):
+        generation = Generation(prompt, array("i", answer), array("f", [-1.0] * len(answer)), "stop")
+        span = make_span(request=b"the same" * 3000, generations=(generation, generation))
+        span_id = store.add_span(span)
+        assert store.get_span(span_id) == replace(span, span_id=span_id)
 
 
 # -- size and cost -----------------------------------------------------------------------------------
