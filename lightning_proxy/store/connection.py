@@ -212,6 +212,7 @@ def _prepare(
     _enter_wal(connection, busy_timeout_s)
     connection.execute("PRAGMA synchronous=FULL" if synchronous == "full" else "PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")
+    connection.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten; recording deletes nothing
     connection.execute("PRAGMA journal_size_limit=67108864")  # bytes; a log once grown longer is cut
     connection.execute(
         "PRAGMA wal_autocheckpoint=16000"

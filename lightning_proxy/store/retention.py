@@ -94,21 +94,17 @@ def delete_rollouts(
 ) -> Deleted:
     """Delete these rollouts in small transactions, newest span first; calls ``on_rollout`` after each.
 
-    What is freed is overwritten, so that it is gone from the database; the log still has it until
-    :func:`empty_log`. A rollout that a running training run holds is left alone, also where the run takes it
-    in the middle of this; one that is not there any more counts as nothing.
+    What is freed is overwritten (``secure_delete``), so that it is gone from the database; the log
+    still has it until :func:`empty_log`. A rollout that a running training run holds is left alone, also
+    where the run takes it in the middle of this; one that is not there any more counts as nothing.
     """
     deleted = Deleted()
-    store.scalar("PRAGMA secure_delete=ON")
-    try:
-        for rollout_id in rollout_ids:
-            started = time.monotonic()
-            if not _delete(store, rollout_id, deleted):
-                deleted.held.append(rollout_id)
-            on_rollout(rollout_id)
-            time.sleep(time.monotonic() - started)  # others want to write too
-    finally:
-        store.scalar("PRAGMA secure_delete=OFF")
+    for rollout_id in rollout_ids:
+        started = time.monotonic()
+        if not _delete(store, rollout_id, deleted):
+            deleted.held.append(rollout_id)
+        on_rollout(rollout_id)
+        time.sleep(time.monotonic() - started)  # others want to write too
     return deleted
 
 

@@ -22,6 +22,7 @@ def test_a_new_file_gets_the_present_schema_in_wal_mode(store: Store) -> None:
     assert store.scalar("PRAGMA user_version") == SCHEMA_VERSION
     assert store.scalar("PRAGMA journal_mode") == "wal"
     assert store.scalar("PRAGMA foreign_keys") == 1
+    assert store.scalar("PRAGMA secure_delete") == 1
     assert store.scalar("SELECT count(*) FROM _sqlite_migrations") == SCHEMA_VERSION
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import threading
 import time
 from pathlib import Path
 
@@ -203,6 +205,36 @@ def test_a_call_in_a_rollout_that_is_half_deleted_is_told_by_what_is_left(store:
             other.delete_newest_spans("r1", 1)
         span_id = store.add_span(make_span(request=main + b"3"))
     assert store.get_span(span_id).request == main + b"3"
+
+
+def test_calls_go_on_while_their_rollouts_are_deleted(db: Path) -> None:
+    written: dict[int, bytes] = {}
+    ended = threading.Event()
+
+    def delete() -> None:
+        with Store.open(db) as other:
+            while not ended.is_set():
+                delete_rollouts(other, [f"r{random.randrange(4)}"])
+                ended.wait(0.005)
+
+    deleting = threading.Thread(target=delete)
+    with Store.open(db) as store:
+        deleting.start()
+        try:
+            for turn in range(400):
+                name, body = f"r{turn % 4}", b"what was said " * (20 + turn)
+                span = make_span(rollout_id=name, attempt=1 + turn % 3, request=body)
+                written[store.add_span(span)] = body
+        finally:
+            ended.set()
+            deleting.join()
+        left = store.list_spans(limit=1000)
+        assert len(written) == 400
+        assert {span.span_id: span.request for span in left}.items() <= written.items()
+        assert store.rows("PRAGMA foreign_key_check") == []
+        for name in ids_of(store):
+            numbers = {attempt.number for attempt in store.list_attempts(name)}
+            assert {span.attempt for span in left if span.rollout_id == name} <= numbers
 
 
 def test_vacuum_makes_the_file_smaller(store: Store, db: Path) -> None:
