@@ -2,10 +2,10 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast conformance lint types bench docs clean
+.PHONY: help setup demo test test-fast conformance lint types bench bench-storage docs clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install everything into .venv (CPU torch, vLLM, verl); a second run re-uses it
 	@scripts/setup.sh
@@ -31,6 +31,9 @@ types: setup ## mypy, strict
 
 bench: setup ## CPU time per captured call, beside nginx and a bare forwarder
 	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-storage: setup ## The room that a long conversation takes in the database
+	@$(BIN)/python -m benchmarks.storage $(ARGS)
 
 docs: setup ## Write docs/settings.md from the code, and docs/conformance.md from the last results
 	@$(BIN)/python -m lightning_proxy.config.template > docs/settings.md

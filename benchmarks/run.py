@@ -10,19 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks import serving
 from benchmarks.serving import Serving
+from lightning_proxy.store import Fidelity, Span, Store
 
 # DESIGN.md section 9, where there is one: CPU ms per call, whole and streamed.
 TARGETS = {
@@ -108,16 +108,21 @@ class Bench:
 
 
 def committed(db: Path) -> tuple[int, int]:
-    """Spans in the database, and those of them that are exact and hold every token."""
-    whole = f"""
-        SELECT count(*) FROM spans JOIN generations USING (span_id)
-        WHERE fidelity = 'exact' AND status = 200
-          AND length(response_token_ids) = {ANSWER_TOKENS * 4} AND length(logprobs) = {ANSWER_TOKENS * 4}
-    """
-    with closing(sqlite3.connect(db)) as connection:
-        spans: int = connection.execute("SELECT count(*) FROM spans").fetchone()[0]
-        exact: int = connection.execute(whole).fetchone()[0]
-    return spans, exact
+    """Spans in the database, and those of them that are exact and give back every token."""
+    count = exact = 0
+    before: int | None = None
+    with Store.open(db, create=False) as store:
+        while spans := store.list_spans(limit=500, before=before):
+            before = spans[-1].span_id
+            count += len(spans)
+            exact += sum(_is_whole(span) for span in spans)
+    return count, exact
+
+
+def _is_whole(span: Span) -> bool:
+    tokens = [(len(one.response_token_ids), len(one.logprobs)) for one in span.generations]
+    whole = tokens == [(ANSWER_TOKENS, ANSWER_TOKENS)]
+    return whole and span.fidelity is Fidelity.EXACT and span.status == 200
 
 
 def table(results: Results, args: argparse.Namespace) -> str:

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from lightning_proxy import __version__
-from lightning_proxy.cli import learn, policies, records, rewards, roles, run, setup, status, tasks
+from lightning_proxy.cli import learn, policies, prune, records, rewards, roles, run, setup, status, tasks
 from lightning_proxy.errors import ConfigError, InvalidInput, LightningError
 
 _TRACEBACK = "traceback"
@@ -124,5 +124,11 @@ policies.app.command(epilog=_example("lightning-proxy policies promote 3"))(poli
 policies.app.command(
     epilog=_example("lightning-proxy policies rollback", "lightning-proxy policies rollback --to 2")
 )(policies.rollback)
+app.command(
+    epilog=_example(
+        "lightning-proxy prune --older-than 30d --dry-run",
+        "lightning-proxy prune --tag customer=acme --vacuum",
+    )
+)(prune.prune)
 app.command(epilog=_example("lightning-proxy status", "lightning-proxy status --json"))(status.status)
 app.command(epilog=_example("lightning-proxy demo", "lightning-proxy demo --seed 1 --json"))(setup.demo)

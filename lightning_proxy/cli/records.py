@@ -89,7 +89,7 @@ def rollouts(
 
 def _show_rollout(store: Store, rollout_id: str, as_json: bool) -> None:
     rollout = store.get_rollout(rollout_id)
-    spans = store.list_spans(rollout_id=rollout_id, limit=10_000)[::-1]
+    spans = store.list_spans(rollout_id=rollout_id, limit=10_000, content=False)[::-1]
     rewards = store.list_rewards(rollout_id)
     if as_json:
         print_json({"rollout": rollout, "spans": [_head(span) for span in spans], "rewards": rewards})
@@ -170,7 +170,7 @@ def spans(
     if ctx.invoked_subcommand is not None:
         return
     with open_store(settings_from(config, store__db=db)) as store:
-        found = store.list_spans(rollout_id=rollout, limit=limit)
+        found = store.list_spans(rollout_id=rollout, limit=limit, content=False)
     if json_:
         print_json({"spans": [_head(span) for span in found]})
     else:
@@ -205,9 +205,8 @@ def _head(span: Span) -> dict[str, Any]:
 
 def _token_counts(span: Span) -> tuple[int | None, int | None]:
     """Tokens read and written: captured ones, else what the engine's usage says."""
-    if span.generations:
-        prompt = len(span.generations[0].prompt_token_ids)
-        return prompt, sum(len(generation.response_token_ids) for generation in span.generations)
+    if span.prompt_tokens is not None:
+        return span.prompt_tokens, span.response_tokens
     usage = span.usage or {}
     return usage.get("prompt_tokens"), usage.get("completion_tokens")
 

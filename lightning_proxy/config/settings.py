@@ -160,6 +160,12 @@ class StoreSettings(_Table):
     busy_timeout_s: float = Field(
         default=5.0, gt=0, description="How long to wait for another process's write."
     )
+    keep_days: float = Field(
+        default=0.0,
+        ge=0,
+        description="`serve` deletes rollouts in which nothing has happened for so many days, rewarded "
+        "or not; 0 keeps everything.",
+    )
 
 
 class PolicySettings(_Table):

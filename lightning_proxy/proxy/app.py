@@ -30,6 +30,7 @@ from .control.access import Access
 from .control.failures import FailureRoutes
 from .control.policies import PolicyRoutes
 from .control.requests import http_status
+from .control.retention import RetentionRoutes
 from .control.rewards import RewardRoutes
 from .control.rollouts import RolloutRoutes
 from .control.state import StateRoutes
@@ -44,6 +45,7 @@ from .keys import Attributor
 from .metrics import Metrics
 from .problem import problem
 from .recorder import Recorder
+from .retention import Retention
 from .roles import Roles
 from .sweep import watch_for_silence
 from .switch import Switch
@@ -94,6 +96,7 @@ class Parts:
     attributor: Attributor
     tasks: Tasks
     forwarder: Forwarder
+    retention: Retention
     base_url: str = ""
 
 
@@ -124,6 +127,7 @@ def _own_routes(parts: Parts, guard: Guard, access: Access, pool: TaskRoutes) ->
         RolloutRoutes(access, parts.attributor, lambda: parts.base_url),
         pool,
         FailureRoutes(access),
+        RetentionRoutes(parts.retention),
         PolicyRoutes(access, parts.switch),
         StateRoutes(
             access,
@@ -195,6 +199,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         attributor,
         tasks,
         forwarder,
+        Retention(lambda: open_store(settings), settings.store.keep_days),
     )
 
 
@@ -233,7 +238,10 @@ def _life(
         silence_s = parts.settings.failures.silence_s
         parts.tasks.spawn("silent rollouts", watch_for_silence(parts.writer, silence_s))
         parts.tasks.spawn("look after the task pool", pool.sweep_now_and_then())
+        if parts.retention.keep_days:
+            parts.tasks.spawn("delete old rollouts", parts.retention.keep())
         yield
+        parts.retention.close()
         await parts.tasks.close()
         await parts.upstreams.close()
         await parts.writer.close()

@@ -1,7 +1,7 @@
 """Compressed bodies, taken apart for the record. No I/O: bytes in, bytes out.
 
-gzip and deflate are always known; br and zstd where ``brotli`` and ``backports.zstd`` (from Python
-3.14 the standard library's ``compression.zstd``) are installed, as in the extra ``compression``.
+gzip, deflate and zstd (``backports.zstd``, from Python 3.14 on the standard library's ``compression.zstd``)
+are always known; br where ``brotli`` is installed, as in the extra ``compression``.
 What cannot be read travels all the same: these bytes are for the record only.
 """
 

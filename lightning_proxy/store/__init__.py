@@ -5,7 +5,10 @@ tables), then the part that you are after::
 
     connection.py   opening, migrating, transactions, SQLite's errors in our words
     rollouts.py     rollouts, attempts, keys
-    spans.py        spans and generations; adding one is the hot path
+    spans.py        spans; adding one is the hot path
+    content.py      what a span holds, told by an earlier one: encoding and decoding, no SQL
+    archive.py      where that lies, written and read back
+    recent.py       the last spans' content, in memory: what the next ones are told by
     packing.py      token ids and logprobs as bytes
     rewards.py      the ledger of rewards
     returns.py      what the rewards of a rollout add up to
@@ -18,6 +21,7 @@ tables), then the part that you are after::
     claims.py       handing it out: leases, signs of life, retries, what became of the lost
     curriculum.py   which tasks are worth another group (a rule without I/O)
     store.py        `Store`, all of the above in one class, with the lists and counts across them
+    retention.py    deleting rollouts, emptying the log, VACUUM
     json_view.py    records as JSON values
     writer.py       `Writer`, the one writer thread of an asyncio process, with group commit
 

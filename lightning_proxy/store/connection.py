@@ -21,7 +21,7 @@ from lightning_proxy.errors import (
     UnknownTarget,
 )
 
-SCHEMA_VERSION = 6  # PRAGMA user_version once every migration of schema.py has been applied
+SCHEMA_VERSION = 7  # PRAGMA user_version once every migration of schema.py has been applied
 
 Synchronous = Literal["normal", "full"]
 
@@ -69,6 +69,8 @@ class _Transaction:
             # Savepoints of one name nest: ROLLBACK TO and RELEASE mean the innermost.
             self._inner = connection.in_transaction
             connection.execute("SAVEPOINT inner_one" if self._inner else "BEGIN IMMEDIATE")
+            if not self._inner:
+                self._owner.begun()
         except sqlite3.Error as error:
             raise translated(error) or error from error
 
@@ -78,6 +80,8 @@ class _Transaction:
         if error is None:
             try:
                 self._owner.connection.execute("RELEASE inner_one" if self._inner else "COMMIT")
+                if not self._inner:
+                    self._owner.committed()
                 return
             except sqlite3.Error as refused:
                 error = refused
@@ -172,6 +176,12 @@ class Connection:
         """
         return _Transaction(self)
 
+    def begun(self) -> None:
+        """Called where a transaction has begun: others have written before it, and cannot until it ends."""
+
+    def committed(self) -> None:
+        """Called where a transaction has ended well."""
+
     def forget(self) -> None:
         """Drop what is remembered of the tables: called where rows may have been rolled back."""
         self._known_attempts.clear()
@@ -204,11 +214,16 @@ class Connection:
 def _prepare(
     connection: sqlite3.Connection, path: Path, synchronous: Synchronous, busy_timeout_s: float
 ) -> None:
+    # Of a new file. Spans of 2 to 5 KB leave less of small pages empty, and a commit writes fewer bytes.
+    connection.execute("PRAGMA page_size=1024")
     _enter_wal(connection, busy_timeout_s)
     connection.execute("PRAGMA synchronous=FULL" if synchronous == "full" else "PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")
+    connection.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten; recording deletes nothing
     connection.execute("PRAGMA journal_size_limit=67108864")  # bytes; a log once grown longer is cut
-    connection.execute("PRAGMA wal_autocheckpoint=4000")  # pages, 16 MiB: pages written often are copied once
+    connection.execute(
+        "PRAGMA wal_autocheckpoint=16000"
+    )  # pages, 16 MiB: pages written often are copied once
     if _schema_version(connection) != SCHEMA_VERSION:
         _migrate(connection, path)
 

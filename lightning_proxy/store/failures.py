@@ -67,6 +67,7 @@ class Failures(Runs):
         spans = self._spans(
             "SELECT * FROM spans WHERE rollout_id = ? AND attempt = ? ORDER BY span_id DESC LIMIT ?",
             (rollout_id, attempt, _LAST_CALLS),
+            content=False,
         )
         return root_cause(error_class, reason, spans)
 

@@ -152,16 +152,20 @@ class Rollouts(Connection):
                 (why, rollout_id),
             )
 
-    def know_attempt(self, rollout_id: str, attempt: int, at: float) -> None:
-        """See to it that the rows of this attempt and its rollout exist. Runs in the caller's transaction."""
+    def know_attempt(self, rollout_id: str, attempt: int, at: float) -> bool:
+        """See to it that the rows of this attempt and its rollout exist; true where the attempt was made.
+
+        Runs in the caller's transaction.
+        """
         pair = (rollout_id, attempt)
         if pair in self._known_attempts:
-            return
+            return False
         self.connection.execute(_ADD_ROLLOUT, (rollout_id, at))
-        self.connection.execute(_ADD_ATTEMPT, (rollout_id, attempt, at))
+        made = self.connection.execute(_ADD_ATTEMPT, (rollout_id, attempt, at)).rowcount == 1
         if len(self._known_attempts) >= _MOST_KNOWN:
             self._known_attempts.clear()
         self._known_attempts.add(pair)
+        return made
 
 
 def rollout_from(row: sqlite3.Row) -> Rollout:

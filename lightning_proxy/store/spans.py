@@ -11,40 +11,42 @@ from typing import Any
 import orjson
 
 from lightning_proxy.errors import UnknownTarget
+from lightning_proxy.store.archive import Archive, Said, id_list
 from lightning_proxy.store.connection import translated
-from lightning_proxy.store.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
-from lightning_proxy.store.records import ConversationEnd, ErrorClass, Fidelity, Finding, Generation, Span
-from lightning_proxy.store.rollouts import Rollouts, encode
+from lightning_proxy.store.records import ConversationEnd, ErrorClass, Fidelity, Finding, Span
+from lightning_proxy.store.rollouts import encode
 
 # Constant texts, so that SQLite's statements stay prepared in the connection's cache.
 _ADD_SPAN = """
 INSERT INTO spans (
   rollout_id, attempt, role, wire, model, policy, policy_version, policy_version_end,
   attributed_by, attribution_confidence, started_at, first_byte_at, ended_at, streamed, status,
-  response_id, fidelity, error_class, error, usage, sampling, request, response, retry, conversation
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-_ADD_GENERATION = """
-INSERT INTO generations (span_id, choice, finish_reason, prompt_token_ids, response_token_ids, logprobs)
-VALUES (?, ?, ?, ?, ?, ?)"""
+  response_id, fidelity, error_class, error, usage, sampling, request, response, retry, conversation,
+  prompt_tokens, response_tokens
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, x'', ?, ?, ?, ?, ?)"""
 _ADD_FINDING = "INSERT INTO findings (span_id, error_class, detail, call_id, at) VALUES (?, ?, ?, ?, ?)"
 _FINDINGS = """
 SELECT * FROM findings WHERE span_id IN (SELECT value FROM json_each(?)) ORDER BY rowid"""
-_GENERATIONS = """
-SELECT * FROM generations WHERE span_id IN (SELECT value FROM json_each(?)) ORDER BY span_id, choice"""
-
+# Of spans from before these counts were kept; length() does not read what it measures.
+_RAW_COUNTS = """
+SELECT span_id, sum(length(prompt_token_ids)) FILTER (WHERE choice = 0) / 4 AS prompt_tokens,
+  sum(length(response_token_ids)) / 4 AS response_tokens
+FROM generations WHERE span_id IN (SELECT value FROM json_each(?)) GROUP BY span_id"""
 
 _ENDS = """
-SELECT rollout_id, attempt, conversation, response, EXISTS (
+SELECT span_id, rollout_id, attempt, conversation, EXISTS (
   SELECT 1 FROM spans AS later WHERE later.rollout_id = ends.rollout_id
     AND later.attempt = ends.attempt AND later.span_id > ends.span_id AND later.error_class IS NULL
 ) AS extended
 FROM spans AS ends WHERE {} = ? AND response IS NOT NULL ORDER BY span_id DESC LIMIT ?"""
 _ENDS_BY_CONVERSATION = _ENDS.format("conversation")
 _ENDS_BY_RESPONSE = _ENDS.format("response_id")
+_MANY_REQUESTS = 50  # that are held at a time
+_BEYOND_ALL = 2**63 - 1
 _MOST_ENDS = 16  # rollouts with the same history that are told apart; the newest
 
 
-class Spans(Rollouts):
+class Spans(Archive):
     """The spans' part of the store."""
 
     def add_span(self, span: Span) -> int:
@@ -58,23 +60,26 @@ class Spans(Rollouts):
     def write_span(self, span: Span) -> int:
         """:meth:`add_span` for a caller in a transaction, who rolls back if this raises."""
         try:
-            self.know_attempt(span.rollout_id, span.attempt, span.started_at)
+            self.look_at_others()
+            if self.know_attempt(span.rollout_id, span.attempt, span.started_at):
+                self.attempt_is_new((span.rollout_id, span.attempt))
             return self._insert(span)
         except sqlite3.IntegrityError as error:
             # Somebody else may have deleted the rollout that we remember.
-            pair = (span.rollout_id, span.attempt)
             foreign = error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY
-            if not foreign or pair not in self._known_attempts:
+            if not foreign or (span.rollout_id, span.attempt) not in self._known_attempts:
                 raise translated(error) or error from error
-            self._known_attempts.discard(pair)
+            self._known_attempts.clear()
+            self.forget_content()
             return self.write_span(span)
         except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
             raise translated(error) or error from error
 
     def _insert(self, span: Span) -> int:
-        execute = self.connection.execute
+        told = self.tell(span)
+        generations = span.generations
         # Plain ints and texts: for enums and bools sqlite3 looks for an adapter each time.
-        span_id = execute(
+        span_id = self.connection.execute(
             _ADD_SPAN,
             (
                 span.rollout_id,
@@ -98,25 +103,16 @@ class Spans(Rollouts):
                 span.error,
                 encode(span.usage) if span.usage is not None else None,
                 encode(span.sampling) if span.sampling else "{}",
-                span.request,
-                span.response,
+                None if span.response is None else b"",
                 span.retry,
                 span.conversation,
+                len(generations[0].prompt_token_ids) if generations else None,
+                sum(len(one.response_token_ids) for one in generations) if generations else None,
             ),
         ).lastrowid
         assert span_id is not None  # an INSERT into a table with a rowid has one
-        for choice, generation in enumerate(span.generations):
-            execute(
-                _ADD_GENERATION,
-                (
-                    span_id,
-                    choice,
-                    generation.finish_reason,
-                    pack_ids(generation.prompt_token_ids),
-                    pack_ids(generation.response_token_ids),
-                    pack_logprobs(generation.logprobs),
-                ),
-            )
+        span_id = self.free_id(span_id)
+        self.write_content((span.rollout_id, span.attempt), span_id, told)
         if span.findings:
             self._add_findings(span_id, span)
         return span_id
@@ -135,13 +131,18 @@ class Spans(Rollouts):
         attempt: int | None = None,
         limit: int = 100,
         before: int | None = None,
+        content: bool = True,
     ) -> list[Span]:
-        """Spans, newest first, with their generations; ``before`` is the span id to go on from."""
+        """Spans, newest first; ``before`` is the span id to go on from.
+
+        Without ``content`` they come as heads: request and response are empty, there are no generations,
+        and nothing of what the spans hold is read.
+        """
         wanted = {"rollout_id = ?": rollout_id, "attempt = ?": attempt, "span_id < ?": before}
         where = " AND ".join(clause for clause, value in wanted.items() if value is not None) or "1"
         values = [value for value in wanted.values() if value is not None]
         sql = f"SELECT * FROM spans WHERE {where} ORDER BY span_id DESC LIMIT ?"
-        return self._spans(sql, (*values, limit))
+        return self._spans(sql, (*values, limit), content=content)
 
     def spans_of_attempt(self, rollout_id: str, attempt: int) -> tuple[Span, ...]:
         """All spans of one attempt, in the order in which they were started."""
@@ -153,10 +154,19 @@ class Spans(Rollouts):
         )
 
     def recent_requests(self, limit: int) -> Iterator[tuple[str, str | None, str, bytes]]:
-        """``(rollout id, role, wire, request)`` of the newest spans, newest first, one at a time."""
-        sql = "SELECT rollout_id, role, wire, request FROM spans ORDER BY span_id DESC LIMIT ?"
-        for row in self.connection.execute(sql, (limit,)):
-            yield tuple(row)
+        """``(rollout id, role, wire, request)`` of the newest spans, newest first, some at a time."""
+        sql = (
+            "SELECT span_id, rollout_id, role, wire FROM spans WHERE span_id < ? "
+            "ORDER BY span_id DESC LIMIT ?"
+        )
+        before = _BEYOND_ALL
+        while limit > 0 and (rows := self.rows(sql, (before, min(limit, _MANY_REQUESTS)))):
+            limit -= len(rows)
+            before = rows[-1]["span_id"]
+            said = self.contents_of([row["span_id"] for row in rows], tokens=False)
+            for span_id, rollout_id, role, wire in rows:
+                if span_id in said:  # else it was deleted meanwhile
+                    yield rollout_id, role, wire, said[span_id].request
 
     def conversation_ends(
         self, digests: Sequence[bytes], response_ids: Sequence[str] = ()
@@ -168,25 +178,33 @@ class Spans(Rollouts):
         for sql, keys in ((_ENDS_BY_RESPONSE, response_ids), (_ENDS_BY_CONVERSATION, digests)):
             for key in keys:
                 if rows := self.rows(sql, (key, _MOST_ENDS)):
+                    responses = self.responses_of([row["span_id"] for row in rows])
                     return tuple(
-                        ConversationEnd(**{**dict(row), "extended": bool(row["extended"])})
+                        ConversationEnd(
+                            rollout_id=row["rollout_id"],
+                            attempt=row["attempt"],
+                            conversation=row["conversation"],
+                            response=responses[row["span_id"]],
+                            extended=bool(row["extended"]),
+                        )
                         for row in reversed(rows)
+                        if row["span_id"] in responses  # else it was deleted meanwhile
                     )
         return ()
 
-    def _spans(self, sql: str, parameters: Sequence[Any]) -> list[Span]:
+    def _spans(self, sql: str, parameters: Sequence[Any], *, content: bool = True) -> list[Span]:
         rows = self.rows(sql, parameters)
-        generations: defaultdict[int, list[Generation]] = defaultdict(list)
-        for row in self.rows(_GENERATIONS, (orjson.dumps([row["span_id"] for row in rows]).decode(),)):
-            generations[row["span_id"]].append(
-                Generation(
-                    prompt_token_ids=unpack_ids(row["prompt_token_ids"]),
-                    response_token_ids=unpack_ids(row["response_token_ids"]),
-                    logprobs=unpack_logprobs(row["logprobs"]),
-                    finish_reason=row["finish_reason"],
-                )
-            )
-        return self._with_findings([_span_from(row, tuple(generations[row["span_id"]])) for row in rows])
+        return self._with_findings(self._content_of(rows) if content else self._heads_of(rows))
+
+    def _content_of(self, rows: Sequence[sqlite3.Row]) -> list[Span]:
+        said = self.contents_of([row["span_id"] for row in rows])
+        # What was deleted between the two questions is left out.
+        return [_span_from(row, said[row["span_id"]]) for row in rows if row["span_id"] in said]
+
+    def _heads_of(self, rows: Sequence[sqlite3.Row]) -> list[Span]:
+        uncounted = [row["span_id"] for row in rows if row["prompt_tokens"] is None]
+        counts = {row["span_id"]: dict(row) for row in self.rows(_RAW_COUNTS, (id_list(uncounted),))}
+        return [_span_from({**dict(row), **counts.get(row["span_id"], {})}, _head_only(row)) for row in rows]
 
     def _add_findings(self, span_id: int, span: Span) -> None:
         self.connection.executemany(
@@ -200,7 +218,7 @@ class Spans(Rollouts):
     def _with_findings(self, spans: list[Span]) -> list[Span]:
         """The spans with what was found in them: few have anything."""
         found: defaultdict[int | None, list[Finding]] = defaultdict(list)
-        for row in self.rows(_FINDINGS, (orjson.dumps([span.span_id for span in spans]).decode(),)):
+        for row in self.rows(_FINDINGS, (id_list([span.span_id for span in spans]),)):
             kind = ErrorClass(row["error_class"])
             found[row["span_id"]].append(Finding(kind, row["detail"], row["call_id"]))
         return [
@@ -209,14 +227,22 @@ class Spans(Rollouts):
         ]
 
 
-def _span_from(row: sqlite3.Row, generations: tuple[Generation, ...]) -> Span:
+def _head_only(row: sqlite3.Row) -> Said:
+    return Said(b"", None if row["error_class"] is not None else b"", ())
+
+
+def _span_from(row: sqlite3.Row | dict[str, Any], said: Said) -> Span:
     values = dict(row)
     values["error_class"] = _known(values["error_class"])
     values["fidelity"] = Fidelity(values["fidelity"])
     values["streamed"] = bool(values["streamed"])
     values["usage"] = None if values["usage"] is None else orjson.loads(values["usage"])
     values["sampling"] = orjson.loads(values["sampling"])
-    return Span(**values, generations=generations)
+    if values["prompt_tokens"] is None and said.generations:  # from before these counts were kept
+        values["prompt_tokens"] = len(said.generations[0].prompt_token_ids)
+        values["response_tokens"] = sum(len(one.response_token_ids) for one in said.generations)
+    values |= {"request": said.request, "response": said.response, "generations": said.generations}
+    return Span(**values)
 
 
 def _known(error_class: str | None) -> ErrorClass | str | None:

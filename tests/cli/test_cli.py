@@ -30,6 +30,7 @@ DOCUMENTED = (
     "spans",
     "reward",
     "policies",
+    "prune",
     "status",
     "demo",
 )
@@ -132,6 +133,9 @@ def test_init_does_not_replace_a_file_unless_told_to() -> None:
         (("reward", "r-1", "--thumb", "sideways"), "up"),
         (("rollouts", "--state", "done"), "open"),
         (("spans", "--limit", "0"), "1"),
+        (("prune",), "--older-than"),
+        (("prune", "--older-than", "30"), "30d"),
+        (("prune", "--tag", "customer"), "KEY=VALUE"),
         (("trian",), "train"),
     ],
 )

@@ -253,8 +253,9 @@ def test_no_secret_is_anywhere_in_the_database(engine: EngineThread, make_proxy:
         chat(proxy, [*headers, *Script(status=500).to_header().items()], stream=streamed)
         chat(proxy, [*headers, *Script(reset=True).to_header().items()], stream=streamed)
     send(proxy.url, "/v1/embeddings", {}, [*JSON, *headers])
-    recorded(proxy, 8)
+    spans = recorded(proxy, 8)
     stored = b"".join(path.read_bytes() for path in proxy.db.parent.glob("lightning.db*"))
+    stored += b"".join(span.request + (span.response or b"") for span in spans)  # packed, in the file
     assert b"hello" in stored
     for secret in (b"secret-", made["api_key"].encode()):
         assert secret not in stored

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 import sqlite3
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ def test_a_new_file_gets_the_present_schema_in_wal_mode(store: Store) -> None:
     assert store.scalar("PRAGMA user_version") == SCHEMA_VERSION
     assert store.scalar("PRAGMA journal_mode") == "wal"
     assert store.scalar("PRAGMA foreign_keys") == 1
+    assert store.scalar("PRAGMA secure_delete") == 1
     assert store.scalar("SELECT count(*) FROM _sqlite_migrations") == SCHEMA_VERSION
 
 
@@ -114,6 +117,48 @@ def test_a_database_of_version_1_is_migrated_with_its_spans(db: Path) -> None:
         assert store.list_spans()[0].conversation == b"c" * 16
 
 
+def test_spans_of_version_3_are_read_beside_new_ones(db: Path) -> None:
+    from sqlite_utils import Database
+
+    from lightning_proxy.store import schema
+
+    third = Migrations("lightning_proxy")
+    for change in (schema.first_schema, schema.retries_and_conversations, schema.failures):
+        third()(change)
+    old = make_span(conversation=b"c" * 16)
+    with closing(sqlite3.connect(db, isolation_level=None)) as connection:
+        third.apply(Database(connection))
+        connection.execute("PRAGMA user_version=3")
+        connection.execute("INSERT INTO rollouts (rollout_id, state, created_at) VALUES ('r1', 'open', 1.0)")
+        connection.execute(
+            "INSERT INTO spans (rollout_id, attempt, wire, model, policy, policy_version, "
+            "policy_version_end, attributed_by, attribution_confidence, started_at, first_byte_at, "
+            "ended_at, streamed, status, response_id, fidelity, usage, sampling, request, response, "
+            "conversation) "
+            "VALUES ('r1', 1, 'chat', 'policy', 'policy', 3, 4, 'path', 1.0, 1000.0, 1000.25, 1001.5, 1, "
+            "200, 'chatcmpl-1', 'exact', ?, '{\"temperature\":0.5}', ?, ?, ?)",
+            ('{"prompt_tokens":3,"completion_tokens":2}', old.request, old.response, old.conversation),
+        )
+        for choice, one in enumerate(old.generations):
+            packed = (
+                one.prompt_token_ids.tobytes(),
+                one.response_token_ids.tobytes(),
+                one.logprobs.tobytes(),
+            )
+            connection.execute(
+                "INSERT INTO generations VALUES (1, ?, ?, ?, ?, ?)", (choice, one.finish_reason, *packed)
+            )
+    with Store.open(db) as store:
+        new = store.add_span(old)
+        expected = [replace(old, span_id=new), replace(old, span_id=1)]
+        assert store.list_spans() == expected
+        assert store.get_span(1) == expected[1]
+        assert [head.response_tokens for head in store.list_spans(content=False)] == [3, 3]
+        assert [row[3] for row in store.recent_requests(9)] == [old.request] * 2
+        ends = store.conversation_ends([b"c" * 16])
+        assert [end.response for end in ends] == [old.response] * 2
+
+
 def test_processes_that_open_a_new_file_at_once_all_succeed(db: Path) -> None:
     script = """
         import sys
@@ -198,10 +243,10 @@ def test_a_full_database_is_unavailable_and_keeps_what_it_had(store: Store) -> N
     pages = store.scalar("PRAGMA page_count")
     store.scalar(f"PRAGMA max_page_count={pages}")
     with pytest.raises(StoreUnavailable, match="full"), store.transaction():
-        store.add_span(make_span(request=b"x" * 100_000))
+        store.add_span(make_span(request=os.urandom(100_000)))
     assert store.stats()["spans"] == 0
     store.scalar("PRAGMA max_page_count=1000000")
-    store.add_span(make_span(request=b"x" * 100_000))
+    store.add_span(make_span(request=os.urandom(100_000)))
     assert store.stats()["spans"] == 1
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from lightning_proxy.errors import Conflict, InvalidInput
 from lightning_proxy.store import ErrorClass, Finding, RolloutState, Span, Store, seconds_of
+from lightning_proxy.store.retention import delete_rollouts
 from tests.store.support import make_span
 
 LOOP = Finding(ErrorClass.AGENT_LOOP, "the same reply 5 times in a row")
@@ -22,8 +23,7 @@ def test_findings_come_back_with_their_span_and_go_with_it(store: Store) -> None
     assert store.get_span(span_id).findings == (TOOL, LOOP)
     assert store.get_span(other).findings == ()
     assert [span.findings for span in store.list_spans()] == [(), (TOOL, LOOP)]
-    store.connection.execute("DELETE FROM generations")
-    store.connection.execute("DELETE FROM spans WHERE span_id = ?", (span_id,))
+    delete_rollouts(store, ["r1"])
     assert store.scalar("SELECT count(*) FROM findings") == 0
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import sqlite3
 import sys
@@ -154,7 +155,9 @@ async def test_a_full_database_keeps_everything_waiting_until_there_is_room(writ
     await writer.submit_span(make_span(rollout_id="before"))
     pages = connection.execute("PRAGMA page_count").fetchone()[0]
     connection.execute(f"PRAGMA max_page_count={pages + 30}")
-    spans = [writer.submit_span(make_span(rollout_id=f"r{i}", request=b"x" * 10_000)) for i in range(30)]
+    # Made beforehand: os.urandom() lets the writer run, and it would take the first ones by themselves.
+    made = [make_span(rollout_id=f"r{i}", request=os.urandom(10_000)) for i in range(30)]
+    spans = [writer.submit_span(span) for span in made]
     await until(lambda: not writer.healthy)
     await asyncio.sleep(0.1)
     assert not any(future.done() for future in spans)
@@ -170,11 +173,12 @@ async def test_a_file_system_that_takes_no_more_bytes_keeps_everything_waiting(
     writer: Writer, db: Path
 ) -> None:
     await writer.submit_span(make_span(rollout_id="before"))
+    made = [make_span(rollout_id=f"r{i}", request=os.urandom(10_000)) for i in range(20)]
     size = db.with_name(db.name + "-wal").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, hard))
     try:
-        spans = [writer.submit_span(make_span(rollout_id=f"r{i}", request=b"x" * 10_000)) for i in range(20)]
+        spans = [writer.submit_span(span) for span in made]
         await until(lambda: not writer.healthy)
         assert not any(future.done() for future in spans)
     finally:

@@ -84,7 +84,9 @@ class RolloutRoutes:
         def read(store: Store) -> dict[str, Any]:
             return {
                 "rollout": as_json(store.get_rollout(rollout_id)),
-                "spans": as_json(store.list_spans(rollout_id=rollout_id, limit=1000), leave_out=_HEAD_ONLY),
+                "spans": as_json(
+                    store.list_spans(rollout_id=rollout_id, limit=1000, content=False), leave_out=_HEAD_ONLY
+                ),
                 "rewards": as_json(store.list_rewards(rollout_id)),
             }
 
@@ -113,7 +115,7 @@ class RolloutRoutes:
         rollout_id, limit = request.query.get("rollout_id"), limit_of(request)
         before = whole(request.query["before"], "before") if "before" in request.query else None
         found = await self._access.read(
-            lambda store: store.list_spans(rollout_id=rollout_id, limit=limit, before=before)
+            lambda store: store.list_spans(rollout_id=rollout_id, limit=limit, before=before, content=False)
         )
         return answer({"spans": as_json(found, leave_out=_HEAD_ONLY)})
 
