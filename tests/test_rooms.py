@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "proxy": {"errors", "config", "store"},
     "trainer": {"errors", "config", "store"},
     "runner": {"errors", "config", "store"},
+    "exchange": {"errors", "config", "store"},
     "demo": {"errors", "config", "store"},
-    "cli": {"", "errors", "config", "store", "proxy", "trainer", "runner", "demo"},
+    "cli": {"", "errors", "config", "store", "proxy", "trainer", "runner", "exchange", "demo"},
 }
 # Distribution -> the places (paths below the package) that may import it, lazily or not.
 ONLY_IN = {
@@ -35,13 +36,15 @@ ONLY_IN = {
     "torch": ("trainer/backend/", "demo/"),
     "transformers": ("trainer/backend/", "demo/"),
     "vllm": (),
+    "pyarrow": ("exchange/parquet.py",),
+    "opentelemetry": ("exchange/otel.py", "exchange/otlp.py", "exchange/otel_import.py"),
     "aiohttp.web": ("proxy/",),
     "uvloop": ("proxy/",),
     "typer": ("cli/",),
 }
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 600
-HEAVY = ("torch", "vllm", "verl", "ray", "litellm", "transformers", "pandas", "numpy")
+HEAVY = ("torch", "vllm", "verl", "ray", "litellm", "transformers", "pandas", "numpy", "pyarrow")
 
 
 @functools.cache

@@ -37,6 +37,7 @@ SELECT rollout_id, attempt, conversation, response, EXISTS (
 FROM spans AS ends WHERE {} = ? AND response IS NOT NULL ORDER BY span_id DESC LIMIT ?"""
 _ENDS_BY_CONVERSATION = _ENDS.format("conversation")
 _ENDS_BY_RESPONSE = _ENDS.format("response_id")
+_READ_AT_ONCE = 64  # spans that `iterate_spans` holds in memory
 _MOST_ENDS = 16  # rollouts with the same history that are told apart; the newest
 
 
@@ -145,6 +146,23 @@ class Spans(Rollouts):
                 (rollout_id, attempt),
             )
         )
+
+    def iterate_spans(self, rollout_id: str, attempt: int) -> Iterator[Span]:
+        """The same, some at a time: for whoever reads more than memory holds."""
+        ids = [
+            row["span_id"]
+            for row in self.rows(
+                "SELECT span_id FROM spans WHERE rollout_id = ? AND attempt = ? ORDER BY started_at, span_id",
+                (rollout_id, attempt),
+            )
+        ]
+        for start in range(0, len(ids), _READ_AT_ONCE):
+            wanted = orjson.dumps(ids[start : start + _READ_AT_ONCE]).decode()
+            yield from self._spans(
+                "SELECT * FROM spans WHERE span_id IN (SELECT value FROM json_each(?)) "
+                "ORDER BY started_at, span_id",
+                (wanted,),
+            )
 
     def recent_requests(self, limit: int) -> Iterator[tuple[str, str | None, str, bytes]]:
         """``(rollout id, role, wire, request)`` of the newest spans, newest first, one at a time."""
