@@ -21,12 +21,13 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "store": {"errors"},
-    "proxy": {"errors", "config", "store"},
+    "redaction": {"errors", "config", "store"},
+    "proxy": {"errors", "config", "store", "redaction"},
     "trainer": {"errors", "config", "store"},
     "runner": {"errors", "config", "store"},
-    "exchange": {"errors", "config", "store"},
+    "exchange": {"errors", "config", "store", "redaction"},
     "demo": {"errors", "config", "store"},
-    "cli": {"", "errors", "config", "store", "proxy", "trainer", "runner", "exchange", "demo"},
+    "cli": {"", "errors", "config", "store", "redaction", "proxy", "trainer", "runner", "exchange", "demo"},
 }
 # Distribution -> the places (paths below the package) that may import it, lazily or not.
 ONLY_IN = {

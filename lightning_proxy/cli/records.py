@@ -185,7 +185,7 @@ def _head(span: Span) -> dict[str, Any]:
 
 def _token_counts(span: Span) -> tuple[int | None, int | None]:
     """Tokens read and written: captured ones, else what the engine's usage says."""
-    if span.generations:
+    if span.generations and not span.redacted:
         prompt = len(span.generations[0].prompt_token_ids)
         return prompt, sum(len(generation.response_token_ids) for generation in span.generations)
     usage = span.usage or {}
@@ -219,6 +219,7 @@ def _show_span(span: Span) -> None:
     logprobs = sum(len(generation.logprobs) for generation in span.generations)
     typer.echo(
         f"tokens: {prompt} read, {written} written, {logprobs} logprobs; fidelity {span.fidelity.value}"
+        + (f"; redacted by {span.redacted}" if span.redacted else "")
     )
     for speaker, text in _conversation(span):
         typer.echo(f"\n[{speaker}] {text}")

@@ -22,6 +22,7 @@ from aiohttp import web
 
 from lightning_proxy.config import Settings
 from lightning_proxy.errors import ConfigError, EngineError, LightningError, PublishFailed
+from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import Store, VersionStatus, Writer
 
 from .attribution import api_keys
@@ -89,6 +90,7 @@ class Parts:
     attributor: Attributor
     tasks: Tasks
     forwarder: Forwarder
+    redactor: Redactor | None = None
     base_url: str = ""
 
 
@@ -112,7 +114,7 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
 
 def _own_routes(parts: Parts) -> list[web.RouteDef]:
     """Every route that is ours; all others are forwarded."""
-    access = Access(parts.writer, parts.reader)
+    access = Access(parts.writer, parts.reader, parts.redactor)
     of_each_kind = (
         RewardRoutes(access, parts.metrics),
         RolloutRoutes(access, parts.attributor, lambda: parts.base_url),
@@ -156,6 +158,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         tasks=tasks,
         tolerance=settings.train.verify_tolerance,
     )
+    redactor = Redactor.of(settings.redaction)
     attributor = Attributor(
         lambda key: lookups(lambda store: store.owner_of_key(key)),
         lambda digests, ids: lookups(lambda store: store.conversation_ends(digests, ids)),
@@ -170,6 +173,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         metrics=metrics,
         tasks=tasks,
         hold_timeout_s=proxy.hold_timeout_s,
+        redactor=redactor,
     )
     _watch(metrics, hold, writer, lambda: switch.version_of(settings.policy.name))
     return Parts(
@@ -185,6 +189,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         attributor,
         tasks,
         forwarder,
+        redactor,
     )
 
 

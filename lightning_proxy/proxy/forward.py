@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import aiohttp
 from aiohttp import HttpVersion11, StreamReader, hdrs, web
 
+from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import Span
 
 from .attribution import SplitPath, split_path
@@ -70,6 +71,7 @@ class Forwarder:
         metrics: Metrics,
         tasks: Tasks,
         hold_timeout_s: float,
+        redactor: Redactor | None = None,
     ) -> None:
         self._upstreams = upstreams
         self._hold = hold
@@ -80,6 +82,7 @@ class Forwarder:
         self._tasks = tasks
         self._websockets = WebSockets(upstreams.main.upstream, metrics, tasks)
         self._hold_timeout_s = hold_timeout_s
+        self._redactor = redactor
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Forward one request."""
@@ -236,6 +239,7 @@ class Forwarder:
                 request=received.request,
                 body=received.plain,
             ),
+            redactor=self._redactor,
             policy=policy,
             policy_version=version,
         )
@@ -302,6 +306,9 @@ class Forwarder:
         self._metrics.count_call(call.wire.name, _status_class(call.status), span.ended_at - span.started_at)
         if span.error_class is not None:
             self._metrics.upstream_errors.labels(span.error_class).inc()
+        if span.redacted is not None:
+            for rule in span.redacted.split(","):
+                self._metrics.redacted.labels(rule).inc()
         if call.fault is not None:
             self._metrics.capture_faults.labels("unreadable_answer").inc()
             self._recorder.mark_incomplete(span.rollout_id, f"a call could not be read: {call.fault}")

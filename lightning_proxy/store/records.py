@@ -128,6 +128,7 @@ class Span:
     retry: int = 0  # tries of the same call before this one, as the client's SDK says
     # Digest of messages and reply, where the conversation may be needed to attribute a later call.
     conversation: bytes | None = None
+    redacted: str | None = None  # names of the rules that took something out of it, with commas between
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,6 +160,12 @@ def failures(db: Database) -> None:
     db.execute("ALTER TABLE attempts ADD COLUMN reason TEXT")
 
 
+@migrations()
+def redaction(db: Database) -> None:
+    """By which rules a span lost what must not be kept."""
+    db.execute("ALTER TABLE spans ADD COLUMN redacted TEXT")
+
+
 def _statements(script: str) -> list[str]:
     """Split a script on ';' at line end, so that it can run inside the migration's transaction."""
     parts = [part.strip() for part in script.split(";\n")]

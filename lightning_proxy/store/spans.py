@@ -20,8 +20,8 @@ _ADD_SPAN = """
 INSERT INTO spans (
   rollout_id, attempt, role, wire, model, policy, policy_version, policy_version_end,
   attributed_by, attribution_confidence, started_at, first_byte_at, ended_at, streamed, status,
-  response_id, fidelity, error_class, error, usage, sampling, request, response, retry, conversation
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+  response_id, fidelity, error_class, error, usage, sampling, request, response, retry, conversation, redacted
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _ADD_GENERATION = """
 INSERT INTO generations (span_id, choice, finish_reason, prompt_token_ids, response_token_ids, logprobs)
 VALUES (?, ?, ?, ?, ?, ?)"""
@@ -99,6 +99,7 @@ class Spans(Rollouts):
                 span.response,
                 span.retry,
                 span.conversation,
+                span.redacted,
             ),
         ).lastrowid
         assert span_id is not None  # an INSERT into a table with a rowid has one

@@ -23,6 +23,7 @@ class Reason(StrEnum):
     ERROR = "error"  # calls that ended in an error
     SUPERSEDED = "superseded"  # calls whose answer the agent's SDK did not get, and tried again
     OTHER_POLICY = "other_policy"  # calls to another model
+    REDACTED = "redacted"  # calls of which something was taken out, and their token ids with it
     NOT_EXACT = "not_exact"  # calls without the engine's own token ids
     NO_LOGPROBS = "no_logprobs"  # generations without a finite logprob for every token
     EMPTY = "empty"  # generations without a token, or with an empty prompt
@@ -182,6 +183,8 @@ def _why_not_span(span: Span, policy: str) -> Reason | None:
         return Reason.ERROR
     if span.policy != policy:
         return Reason.OTHER_POLICY
+    if span.redacted is not None:
+        return Reason.REDACTED
     if span.fidelity is not Fidelity.EXACT or not span.generations:
         return Reason.NOT_EXACT
     return None
@@ -201,6 +204,6 @@ def _why_not_generation(generation: Generation, max_tokens: int) -> Reason | Non
 def _next_prompt(spans: Sequence[Span], start: int, unseen: frozenset[int], policy: str) -> array[int] | None:
     for position in range(start, len(spans)):
         span = spans[position]
-        if position not in unseen and span.policy == policy and span.generations:
+        if position not in unseen and span.policy == policy and span.generations and not span.redacted:
             return span.generations[0].prompt_token_ids
     return None

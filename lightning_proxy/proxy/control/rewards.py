@@ -45,14 +45,17 @@ class RewardRoutes:
         """Take one reward or a list; answer once all of it is durable, or none of it is."""
         posted = await read_json(request)
         if isinstance(posted, list):
-            many = [_reward_fields(item, f"rewards[{i}]") for i, item in enumerate(posted)]
+            many = [self._fields(item, f"rewards[{i}]") for i, item in enumerate(posted)]
             results = await self._access.write(lambda store: [store.add_reward(**item) for item in many])
             self._metrics.rewards.inc(sum(created for _, created in results))
             return answer({"rewards": [_reward_answer(*result) for result in results]})
-        one = _reward_fields(posted, "the reward")
+        one = self._fields(posted, "the reward")
         reward, created = await self._access.write(lambda store: store.add_reward(**one))
         self._metrics.rewards.inc(int(created))
         return answer(_reward_answer(reward, created), 201 if created else 200)
+
+    def _fields(self, item: Any, what: str) -> dict[str, Any]:
+        return self._access.kept(_reward_fields(item, what), "comment")
 
 
 def _reward_fields(item: Any, what: str) -> dict[str, Any]:
