@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "proxy": {"errors", "config", "store", "redaction"},
     "trainer": {"errors", "config", "store"},
     "runner": {"errors", "config", "store"},
-    "exchange": {"errors", "config", "store", "redaction"},
+    "exchange": {"", "errors", "config", "store", "redaction"},
     "demo": {"errors", "config", "store"},
     "cli": {"", "errors", "config", "store", "redaction", "proxy", "trainer", "runner", "exchange", "demo"},
 }

@@ -5,6 +5,7 @@
 ``setup``     init, serve, demo
 ``learn``     train, run
 ``records``   rollouts, spans, reward
+``exchange``  export, import
 ``policies``  policies: list, promote, rollback
 ``status``    status
 

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from lightning_proxy import __version__
-from lightning_proxy.cli import learn, policies, records, roles, setup, status
+from lightning_proxy.cli import exchange, learn, policies, records, roles, setup, status
 from lightning_proxy.errors import ConfigError, InvalidInput, LightningError
 
 _TRACEBACK = "traceback"
@@ -111,5 +111,16 @@ policies.app.command(epilog=_example("lightning-proxy policies promote 3"))(poli
 policies.app.command(
     epilog=_example("lightning-proxy policies rollback", "lightning-proxy policies rollback --to 2")
 )(policies.rollback)
+app.command(
+    epilog=_example(
+        "lightning-proxy export --format parquet --out spans.parquet --since 7d",
+        "lightning-proxy export --format llama-factory --out data/ --min-reward 1",
+        "lightning-proxy export --format otlp --endpoint http://127.0.0.1:4318 --content",
+    )
+)(exchange.export)
+app.command(
+    name="import",
+    epilog=_example("lightning-proxy import traces.jsonl", "lightning-proxy import --format otel *.pb"),
+)(exchange.import_)
 app.command(epilog=_example("lightning-proxy status", "lightning-proxy status --json"))(status.status)
 app.command(epilog=_example("lightning-proxy demo", "lightning-proxy demo --seed 1 --json"))(setup.demo)

@@ -15,7 +15,8 @@ Read ``rows.py`` first: the columns that a rollout or a span has outside.
 ``otel_import``    spans that others traced become ours
 ``otel_dialects``  the attributes that tracers have for one and the same thing (no I/O)
 ``formats``        the formats by name
+``files``          files that are there whole or not at all
 
-May import ``errors``, ``config`` and ``store``. pyarrow and OpenTelemetry's protobuf classes come with
-the extra ``export`` and are imported only where they are used.
+May import ``errors``, ``config``, ``store`` and ``redaction``. pyarrow and OpenTelemetry's protobuf classes
+come with the extra ``export`` and are imported only where they are used.
 """

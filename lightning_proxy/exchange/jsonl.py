@@ -7,6 +7,7 @@ from pathlib import Path
 
 import orjson
 
+from .files import whole_file
 from .messages import Json
 from .rows import Columns, huggingface_features
 
@@ -18,7 +19,7 @@ def write(path: Path, rows: Iterable[Json], columns: Columns) -> int:
     stumbles where a column held nothing until then.
     """
     count = 0
-    with path.open("wb") as file:
+    with whole_file(path) as part, part.open("wb") as file:
         for row in rows:
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             count += 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_proxy.errors import MissingExtra
 
+from .files import whole_file
 from .messages import Json
 from .rows import Columns, Type
 
@@ -30,7 +31,7 @@ def write(path: Path, rows: Iterable[Json], columns: Columns) -> int:
         ) from error
     schema = arrow_schema(columns)
     count = 0
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    with whole_file(path) as part, pq.ParquetWriter(part, schema, compression="zstd") as writer:
         for group in _groups(rows):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
             count += len(group)

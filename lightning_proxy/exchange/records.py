@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_proxy.store import Attempt, Fidelity, Reward, Rollout, RolloutState, Span, Store
 
@@ -73,7 +75,16 @@ class RecordedAttempt:
     @property
     def reward(self) -> float | None:
         """The sum of what counts for this attempt; ``None`` where there is nothing."""
-        return sum(reward.value for reward in self.counting) if self.counting else None
+        values = [reward.value for reward in self.counting if reward.value is not None]
+        return math.fsum(values) if values else None
+
+
+def demonstration_of(reward: Reward) -> str | None:
+    """What would have been right, as whoever rewarded has said: a text, or the text of a message."""
+    given: Any = getattr(reward, "demonstration", None)  # not every ledger has demonstrations
+    if isinstance(given, Mapping):
+        given = given.get("content")
+    return given if isinstance(given, str) and given else None
 
 
 def attempts(store: Store, selection: Selection) -> Iterator[RecordedAttempt]:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from lightning_proxy.store import Generation, Reward, Span
 
 from .messages import Exchange, Json, Message, exchange_of, to_json
-from .records import RecordedAttempt
+from .records import RecordedAttempt, demonstration_of
 
 TEXT, INT, REAL, FLAG, IDS, LOGPROBS = "string", "int64", "float64", "bool", "int32[]", "float32[]"
 
@@ -45,6 +45,7 @@ _REWARD: Columns = {
     "span_id": INT,
     "source": TEXT,
     "comment": TEXT,
+    "demonstration": TEXT,
     "created_at": REAL,
 }
 _CALL: Columns = {
@@ -169,7 +170,8 @@ def _of_rollout(recorded: RecordedAttempt, rewards: Sequence[Reward]) -> Json:
 
 
 def _reward(reward: Reward, counts: bool) -> Json:
-    return {"counts": counts} | {name: getattr(reward, name) for name in _REWARD if name != "counts"}
+    made = {"counts": counts, "demonstration": demonstration_of(reward)}
+    return made | {name: getattr(reward, name) for name in _REWARD if name not in made}
 
 
 def _call(span: Span, *, tokens: bool, raw: bool) -> Json:

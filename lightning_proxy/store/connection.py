@@ -21,7 +21,7 @@ from lightning_proxy.errors import (
     UnknownTarget,
 )
 
-SCHEMA_VERSION = 4  # PRAGMA user_version once every migration of schema.py has been applied
+SCHEMA_VERSION = 5  # PRAGMA user_version once every migration of schema.py has been applied
 
 Synchronous = Literal["normal", "full"]
 

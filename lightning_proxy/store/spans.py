@@ -52,6 +52,17 @@ class Spans(Rollouts):
         with self.transaction():
             return self.write_span(span)
 
+    def add_imported_span(self, origin: bytes, span: Span) -> int | None:
+        """Record a span that was traced elsewhere, once per ``origin``; ``None`` where it is known.
+
+        One that was imported and deleted since does not come back.
+        """
+        with self.transaction():
+            if self.rows("SELECT 1 FROM imported WHERE origin = ?", (origin,)):
+                return None
+            self.connection.execute("INSERT INTO imported (origin) VALUES (?)", (origin,))
+            return self.write_span(span)
+
     def write_span(self, span: Span) -> int:
         """:meth:`add_span` for a caller in a transaction, who rolls back if this raises."""
         try:

@@ -20,7 +20,20 @@ from lightning_proxy.cli import app
 from lightning_proxy.store import Fidelity, Generation, RolloutState, Span, Store
 from tests.conftest import ProxyThread
 
-DOCUMENTED = ("init", "serve", "train", "run", "rollouts", "spans", "reward", "policies", "status", "demo")
+DOCUMENTED = (
+    "init",
+    "serve",
+    "train",
+    "run",
+    "rollouts",
+    "spans",
+    "reward",
+    "policies",
+    "status",
+    "demo",
+    "export",
+    "import",
+)
 ALL_COMMANDS = [(name,) for name in DOCUMENTED] + [("policies", "promote"), ("policies", "rollback")]
 
 
