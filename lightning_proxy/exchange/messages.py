@@ -262,7 +262,7 @@ _REQUESTS: Mapping[str, Callable[[Json], Iterator[Message]]] = {
 }
 
 
-# -- what they share -----------------------------------------------------------------------------------
+# -- what they share --------------------------------------------------------------------------------
 
 
 def _merged(messages: list[Message]) -> Message:

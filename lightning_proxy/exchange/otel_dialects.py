@@ -219,7 +219,7 @@ def _plain(message: Json) -> Json:
     return made
 
 
-# -- OpenLLMetry ------------------------------------------------------------------------------------------
+# -- OpenLLMetry -------------------------------------------------------------------------------------
 
 
 def _traceloop(span: TracedSpan) -> TracedCall:
@@ -232,7 +232,7 @@ def _traceloop(span: TracedSpan) -> TracedCall:
     return call
 
 
-# -- OpenInference ------------------------------------------------------------------------------------------
+# -- OpenInference -----------------------------------------------------------------------------------
 
 
 def _openinference(span: TracedSpan) -> TracedCall:
@@ -264,7 +264,7 @@ def _of_inference(item: Json) -> Json:
     return _plain({**message, "content": text, "tool_calls": calls})
 
 
-# -- what they share ------------------------------------------------------------------------------------------
+# -- what they share --------------------------------------------------------------------------------
 
 
 def _unflattened(attributes: Mapping[str, Any], prefix: str) -> list[Json]:

@@ -81,7 +81,7 @@ def import_files(store: Store, paths: Sequence[Path], *, redactor: Redactor | No
     return importer.report
 
 
-# -- reading -----------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------
 
 
 def read_file(path: Path) -> Iterator[TracedSpan]:
@@ -218,7 +218,7 @@ def _value(value: Any) -> Any:
     return None if kind is None else getattr(value, kind)
 
 
-# -- writing -------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------
 
 
 class _Importer:
@@ -229,6 +229,7 @@ class _Importer:
         self._store = store
         self._places = places
         self._redactor = redactor
+        self._from_here: set[str] = set()  # traces that were exported from this very database
         self._above_calls = {
             above for place in places.values() if place.is_call for above in self._ids_above(place)
         }
@@ -258,11 +259,12 @@ class _Importer:
             report.other_steps[kind] += 1
         else:
             report.unknown += 1
-        if kind != "call":
+        if kind != "call" and span.trace_id not in self._from_here:
             self._take_rewards(span, None)
 
     def _take_call(self, traced: TracedSpan) -> None:
         if self._is_ours(traced):
+            self._from_here.add(traced.trace_id)
             self.report.known += 1
             return
         span = self._span(traced, read_call(traced))
