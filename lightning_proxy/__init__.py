@@ -4,9 +4,11 @@ The rooms, in the order in which data walks through them:
 
 ``config``   settings: defaults, ``lightning.toml``, environment, flags
 ``store``    what was recorded: spans, rollouts, rewards, policy versions, training runs
+``redaction``  takes out of spans what must not be kept
 ``proxy``    forwards calls to the model, captures them, swaps the weights behind itself
 ``trainer``  drains the store into transitions, updates the policy, publishes it
 ``runner``   runs an unmodified agent command under a rollout
+``exchange``  what was recorded, out into other tools' formats, and what others recorded, in
 ``demo``     the whole loop on one machine, with a tiny model and a tool-using agent
 ``cli``      the command line: parse, call one function, print
 

@@ -85,16 +85,18 @@ class Redactor:
         taken = _Taken()
         asked = request or _body(span.request)
         answered = None if span.response is None else _body(span.response)
-        beside = {"error": span.error, "model": span.model, "sampling": span.sampling}
-        new = (
+        patterns = [rule for rule in rules if rule.path is None]
+        new = [
             self._by_rules(for_request, asked, taken),
             self._by_rules(for_response, answered, taken),
-            self._by_rules([rule for rule in rules if rule.path is None], beside, taken),
-        )
+            self._by_rules(patterns, span.sampling, taken),
+            self._by_rules(patterns, span.error, taken),
+            self._by_rules(patterns, span.model, taken),
+        ]
         if texts := self._texts(span.rollout_id, taken):
             repeated = _Literals(texts, taken)
-            new = (repeated.value(new[0]), repeated.value(new[1]), repeated.value(new[2]))
-        new_asked, new_answered, new_beside = new
+            new = [repeated.value(each) for each in new]
+        new_asked, new_answered, sampling, error, model = new
         if for_request and isinstance(asked, dict) and _refers(asked):
             taken.names[UNREAD] = None
             if _is_ids(asked.get("prompt")):
@@ -107,7 +109,9 @@ class Redactor:
             _without_token_data(span, taken.names),
             request=span.request if new_asked is asked else _dumped(new_asked),
             response=None if span.response is None else _dumped(_bare_answer(new_answered)),
-            **new_beside,
+            sampling=sampling,
+            error=error,
+            model=model,
         )
 
     def _by_rules(self, rules: Sequence[Rule], value: Any, taken: _Taken) -> Any:

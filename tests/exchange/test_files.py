@@ -180,3 +180,17 @@ def test_a_selection_takes_what_it_names(filled: Store) -> None:
     assert [
         span.role for recorded in attempts(filled, writers) for span in spans_of(filled, recorded, writers)
     ] == ["writer"]
+
+
+def test_every_column_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+
+    def names(kind: Any) -> Iterator[str]:
+        if isinstance(kind, list):
+            yield from names(kind[0])
+        elif isinstance(kind, dict):
+            for name, of in kind.items():
+                yield name
+                yield from names(of)
+
+    assert [name for name in names({**SPAN_COLUMNS, **ROLLOUT_COLUMNS}) if f"`{name}`" not in page] == []

@@ -61,7 +61,8 @@ def test_an_incomplete_span_stays_incomplete() -> None:
 
 def test_numbers_are_looked_at_where_people_write_them() -> None:
     ssn = redactor({"pattern": r"\d{9}"})
-    clean = span({"seed": 123456789}, {"created": 1700000000, "usage": {"prompt_tokens": 123456789}})
+    answer = {"created": 1700000000, "usage": {"prompt_tokens": 123456789}}
+    clean = span({"seed": 123456789}, answer, sampling={"seed": 123456789})
     assert ssn.span(clean) is clean
     made = ssn.span(span({"tools": [{"input": {"ssn": 123456789}}]}, {}))
     assert json.loads(made.request) == {"tools": [{"input": {"ssn": "[redacted]"}}]}
