@@ -41,6 +41,7 @@ _SAMPLING = {
     "seed": ("gen_ai.request.seed", int),
     "n": ("gen_ai.request.choice.count", int),
 }
+_OUTPUTS = {"text": "text", "json_object": "json", "json_schema": "json"}
 _FINISH = {
     "tool_calls": "tool_call", "function_call": "tool_call", "tool_use": "tool_call", "end_turn": "stop",
     "stop_sequence": "stop", "completed": "stop", "max_tokens": "length", "max_output_tokens": "length",
@@ -186,7 +187,10 @@ def _request_of(span: Span) -> Json:
         if isinstance(value := sampling.get(key), int | float) and not (key == "n" and value == 1)
     }
     stop = sampling.get("stop")
+    wanted = sampling.get("response_format")
+    wanted = wanted.get("type") if isinstance(wanted, dict) else None
     return {
+        "gen_ai.output.type": _OUTPUTS.get(str(wanted)),
         "gen_ai.provider.name": _PROVIDERS.get(span.wire, "openai"),
         "gen_ai.conversation.id": span.rollout_id,
         "gen_ai.agent.name": span.role,

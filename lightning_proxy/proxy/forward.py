@@ -311,7 +311,8 @@ class Forwarder:
                 self._metrics.redacted.labels(rule).inc()
         if call.fault is not None:
             self._metrics.capture_faults.labels("unreadable_answer").inc()
-            self._recorder.mark_incomplete(span.rollout_id, f"a call could not be read: {call.fault}")
+            fault = call.fault if self._redactor is None else self._redactor.value(call.fault)
+            self._recorder.mark_incomplete(span.rollout_id, f"a call could not be read: {fault}")
 
 
 async def _chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

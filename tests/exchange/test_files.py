@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,20 @@ def test_long_rows_get_row_groups_of_their_own(store: Store, tmp_path: Path) -> 
     path = tmp_path / "long.parquet"
     parquet.write(path, ({**row, "request": "x" * 5_000_000} for _ in range(3)), SPAN_COLUMNS)
     assert pq.ParquetFile(path).num_row_groups == 3
+
+
+def test_a_database_larger_than_memory_is_no_trouble(store: Store, tmp_path: Path) -> None:
+    long = [{"role": "user", "content": "word " * 20_000}]
+    with store.transaction():
+        for number in range(400):
+            store.add_span(chat_span(f"r-{number // 200}", long, {"content": "no"}, number))
+    tracemalloc.start()
+    try:
+        assert jsonl.write(tmp_path / "spans.jsonl", span_rows(store), SPAN_COLUMNS) == 400
+        assert tracemalloc.get_traced_memory()[1] < 20e6  # bytes; what is written is twice that
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "spans.jsonl").stat().st_size > 40e6
 
 
 def test_rollouts_are_walked_in_order_whatever_their_number(store: Store) -> None:

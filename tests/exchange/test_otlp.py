@@ -92,6 +92,28 @@ def test_a_rollout_is_a_trace_by_the_conventions(store: Store, collector: Collec
     assert attributes_of(of_call)["gen_ai.evaluation.name"] == "style"
 
 
+def test_every_name_is_one_of_the_conventions_or_our_own(store: Store, collector: Collector) -> None:
+    semconv = pytest.importorskip("opentelemetry.semconv._incubating.attributes.gen_ai_attributes")
+    known = {value for name, value in vars(semconv).items() if name.startswith("GEN_AI_")}
+    known |= {"error.type", "http.response.status_code"}
+    [span_id, _] = agent_rollout(
+        store, "r-1", task_id="t", reward=1.0, role="a",
+        sampling={
+            "temperature": 1, "top_p": 0.5, "top_k": 3, "max_tokens": 9, "presence_penalty": 0.1, "seed": 1,
+            "frequency_penalty": 0.2, "n": 2, "stop": ["x"], "response_format": {"type": "json_schema"},
+        },
+    )  # fmt: skip
+    store.add_reward(value=1.0, span_id=span_id)
+    send(store, collector, content=True)
+    with_attributes = [each for span in collector.spans for each in (span, *span.events)]
+    names = {name for each in with_attributes for name in attributes_of(each)}
+    assert {name for name in names if not name.startswith("lightning.")} <= known
+    said = attributes_of(collector.spans[0])
+    assert (said["gen_ai.output.type"], said["gen_ai.request.choice.count"]) == ("json", 2)
+    assert isinstance(said["gen_ai.request.top_k"], float)
+    assert isinstance(said["gen_ai.request.seed"], int)
+
+
 def test_what_was_said_goes_out_only_when_asked_for(store: Store, collector: Collector) -> None:
     agent_rollout(store, "r-1")
     assert "without what was said" in send(store, collector)
