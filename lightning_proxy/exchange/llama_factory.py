@@ -8,10 +8,11 @@ and tool calls are JSON text. What does not fit into that is left out, and count
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -19,6 +20,7 @@ from lightning_proxy.errors import InvalidInput
 from lightning_proxy.store import Store
 
 from .conversations import Conversation, conversations_of
+from .files import whole_file
 from .messages import ASSISTANT, SYSTEM, TOOL, Json, Message, Tool, same_turn
 from .records import RecordedAttempt, Selection, attempts, demonstration_of, spans_of
 
@@ -58,20 +60,22 @@ def write(store: Store, selection: Selection, directory: Path, *, min_gap: float
     report = LlamaFactoryReport()
     extremes: dict[tuple[str, str | None], _Extremes] = {}
     with (
-        (directory / f"{SFT}.jsonl").open("wb") as sft,
-        (directory / f"{PREFERENCES}.jsonl").open("wb") as pairs,
+        whole_file(directory / f"{SFT}.jsonl") as sft_part,
+        whole_file(directory / f"{PREFERENCES}.jsonl") as pairs_part,
+        sft_part.open("wb") as sft,
+        pairs_part.open("wb") as pairs,
     ):
         for recorded in attempts(store, selection):
             found = conversations_of(recorded, spans_of(store, recorded, selection))
             for conversation in found:
-                report.conversations += _written(sft, lambda c=conversation: sft_row(c), report)
+                report.conversations += _written(sft, partial(sft_row, conversation), report)
                 _remember(extremes, conversation)
             for right, wrong in _demonstrated(recorded, found):
-                report.demonstrations += _written(sft, lambda c=right: sft_row(c), report)
-                report.preferences += _written(pairs, lambda a=right, b=wrong: preference_row(a, b), report)
+                report.demonstrations += _written(sft, partial(sft_row, right), report)
+                report.preferences += _written(pairs, partial(preference_row, right, wrong), report)
         for each in extremes.values():
             if _gap(each) > max(0.0, min_gap) or (min_gap > 0 and _gap(each) == min_gap):
-                report.preferences += _written(pairs, lambda e=each: preference_row(e.best, e.worst), report)
+                report.preferences += _written(pairs, partial(preference_row, each.best, each.worst), report)
     _describe(directory / "dataset_info.json")
     return report
 
@@ -209,21 +213,15 @@ def _demonstrated(
     recorded: RecordedAttempt, found: Sequence[Conversation]
 ) -> Iterator[tuple[Conversation, Conversation]]:
     """A conversation as it should have ended, and as it did: the last one, or the one whose call it is of."""
-    for reward in recorded.ledger:
-        text = demonstration_of(reward)
-        meant = [c for c in found if reward.span_id is None or c.span_ids[-1] == reward.span_id]
-        if text is not None and meant:
-            wrong = meant[-1]
-            right = Conversation(
-                **{
-                    **{name: getattr(wrong, name) for name in Conversation.__slots__},
-                    "messages": (*wrong.prompt, Message(ASSISTANT, text)),
-                }
-            )
-            yield right, wrong
+    given = {reward.span_id: text for reward in recorded.ledger if (text := demonstration_of(reward))}
+    for span_id, text in given.items():
+        meant = [each for each in found if span_id is None or each.span_ids[-1] == span_id]
+        if meant:
+            right = replace(meant[-1], messages=(*meant[-1].prompt, Message(ASSISTANT, text)))
+            yield right, meant[-1]
 
 
-def _written(file: Any, make: Any, report: LlamaFactoryReport) -> int:
+def _written(file: BinaryIO, make: Callable[[], Json], report: LlamaFactoryReport) -> int:
     try:
         row = make()
     except _Unfit as why:

@@ -169,6 +169,23 @@ def test_what_cannot_be_compared_or_told_is_counted(store: Store, tmp_path: Path
     assert report.conversations == 2
 
 
+def test_a_demonstration_is_preferred_to_the_reply_that_it_is_for(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, last = agent_rollout(store, "r", reward=0.0)
+    store.add_reward(value=0.0, span_id=first, comment="nowhere: it is no conversation's end")
+    store.add_reward(value=0.0, span_id=last, comment="It is 43.")
+    said = {"It is 43.": "It is 43."}  # a ledger with demonstrations has them in a field of their own
+    for module in (llama_factory, dspy):
+        monkeypatch.setattr(module, "demonstration_of", lambda reward: said.get(reward.comment))
+    sft, [pair], report = written(store, tmp_path)
+    assert [row["conversations"][-1]["value"] for row in sft] == ["42", "It is 43."]
+    assert (pair["chosen"]["value"], pair["rejected"]["value"]) == ("It is 43.", "42")
+    assert (report.conversations, report.demonstrations, report.preferences) == (1, 1, 1)
+    dspy.write(store, LAST, tmp_path / "e.json")
+    assert [row["answer"] for row in json.loads((tmp_path / "e.json").read_text())] == ["It is 43."]
+
+
 def test_the_list_of_datasets_names_both_and_keeps_the_rest(store: Store, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}}')
