@@ -134,21 +134,22 @@ class Redactor:
         before = self._remembered.get(rollout_id)
         if not taken.found:
             return before or {}
-        texts: dict[str, str] = {}
-        letters = 0
-        for text, replacement in sorted({**(before or {}), **taken.texts()}.items(), key=_length):
+        texts = {**(before or {}), **taken.texts()}
+        kept, letters = dict[str, str](), 0
+        for text in sorted(texts, key=len):  # a long one, remembered or not, costs no short ones
             letters += len(text)
-            if letters <= _MOST_LETTERS:
-                texts[text] = replacement
-        self._remembered[rollout_id] = texts
+            if letters > _MOST_LETTERS:
+                break
+            kept[text] = texts[text]
+        self._remembered[rollout_id] = _longest_first(kept)
         self._remembered.move_to_end(rollout_id)
         if len(self._remembered) > _MOST_ROLLOUTS:
             self._remembered.popitem(last=False)
-        return texts
+        return _longest_first(texts)
 
 
-def _length(item: tuple[str, str]) -> int:
-    return -len(item[0])
+def _longest_first(texts: Mapping[str, str]) -> Mapping[str, str]:
+    return {text: texts[text] for text in sorted(texts, key=len, reverse=True)}
 
 
 class _Taken:

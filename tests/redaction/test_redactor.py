@@ -97,6 +97,15 @@ def test_what_was_taken_out_before_is_taken_out_again() -> None:
     assert one.span(other) is other
 
 
+def test_a_long_text_that_was_taken_out_does_not_crowd_out_a_short_one() -> None:
+    one = redactor({"path": "document"}, {"pattern": "hunter2(?=!)"})
+    long = "word " * 50_000
+    first = one.span(span({"document": long, "m": "hunter2!"}, {"m": f"{long} hunter2"}))
+    assert first.response is not None
+    assert json.loads(first.response) == {"m": "[redacted]  [redacted]"}
+    assert json.loads(one.span(span({"m": "hunter2?"}, {})).request) == {"m": "[redacted]?"}
+
+
 def test_each_text_gets_its_own_replacement_when_it_comes_again() -> None:
     one = redactor(
         {"pattern": "Ann[a-z]+(?=!)", "replacement": "<name>"}, {"pattern": "Rome!", "replacement": "<city>"}
