@@ -14,6 +14,7 @@ LightningError
 │   ├── EngineUnreachable  no connection, or it ended without an answer
 │   ├── EngineRefused      it answered, with an error
 │   └── EngineDied         the supervised process ended
+├── ExportFailed           another system did not take what we export
 └── TrainingError          a training run that cannot go on
     ├── MissingExtra       an optional dependency is not installed
     ├── NothingToTrain     nothing eligible (an outcome for `train`, exit 0)
@@ -92,6 +93,10 @@ class EngineRefused(EngineError):
 
 class EngineDied(EngineError):
     """The engine process that we supervise has ended."""
+
+
+class ExportFailed(LightningError):
+    """Another system did not take what we export."""
 
 
 class TrainingError(LightningError):

@@ -21,12 +21,26 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "store": {"errors"},
-    "proxy": {"errors", "config", "store"},
+    "redaction": {"errors", "config", "store"},
+    "proxy": {"errors", "config", "store", "redaction"},
     "trainer": {"errors", "config", "store"},
-    "runner": {"errors", "config", "store"},
-    "client": {"errors", "runner"},
+    "client": {"errors"},
+    "runner": {"errors", "config", "store", "client"},
+    "exchange": {"", "errors", "config", "store", "redaction"},
     "demo": {"errors", "config", "store"},
-    "cli": {"", "errors", "config", "store", "proxy", "trainer", "runner", "demo"},
+    "cli": {
+        "",
+        "errors",
+        "config",
+        "store",
+        "redaction",
+        "proxy",
+        "trainer",
+        "client",
+        "runner",
+        "exchange",
+        "demo",
+    },
 }
 # Distribution -> the places (paths below the package) that may import it, lazily or not.
 ONLY_IN = {
@@ -36,13 +50,15 @@ ONLY_IN = {
     "torch": ("trainer/backend/", "demo/"),
     "transformers": ("trainer/backend/", "demo/"),
     "vllm": (),
+    "pyarrow": ("exchange/parquet.py",),
+    "opentelemetry": ("exchange/otel.py", "exchange/otlp.py", "exchange/otel_import.py"),
     "aiohttp.web": ("proxy/",),
     "uvloop": ("proxy/",),
     "typer": ("cli/",),
 }
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 600
-HEAVY = ("torch", "vllm", "verl", "ray", "litellm", "transformers", "pandas", "numpy")
+HEAVY = ("torch", "vllm", "verl", "ray", "litellm", "transformers", "pandas", "numpy", "pyarrow")
 
 
 @functools.cache

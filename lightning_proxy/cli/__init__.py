@@ -7,6 +7,7 @@
 ``run``       run: one command, or the task pool
 ``tasks``     tasks: list, add, show, cancel
 ``records``   rollouts, spans, reward
+``exchange``  export, import
 ``policies``  policies: list, promote, rollback
 ``status``    status
 

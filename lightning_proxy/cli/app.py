@@ -8,7 +8,19 @@ import typer
 from typer.core import TyperGroup
 
 from lightning_proxy import __version__
-from lightning_proxy.cli import learn, policies, prune, records, rewards, roles, run, setup, status, tasks
+from lightning_proxy.cli import (
+    exchange,
+    learn,
+    policies,
+    prune,
+    records,
+    rewards,
+    roles,
+    run,
+    setup,
+    status,
+    tasks,
+)
 from lightning_proxy.errors import ConfigError, InvalidInput, LightningError
 
 _TRACEBACK = "traceback"
@@ -130,5 +142,16 @@ app.command(
         "lightning-proxy prune --tag customer=acme --vacuum",
     )
 )(prune.prune)
+app.command(
+    epilog=_example(
+        "lightning-proxy export --format parquet --out spans.parquet --since 7d",
+        "lightning-proxy export --format llama-factory --out data/ --min-reward 1",
+        "lightning-proxy export --format otlp --endpoint http://127.0.0.1:4318 --content",
+    )
+)(exchange.export)
+app.command(
+    name="import",
+    epilog=_example("lightning-proxy import traces.jsonl", "lightning-proxy import --format otel *.pb"),
+)(exchange.import_)
 app.command(epilog=_example("lightning-proxy status", "lightning-proxy status --json"))(status.status)
 app.command(epilog=_example("lightning-proxy demo", "lightning-proxy demo --seed 1 --json"))(setup.demo)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from lightning_proxy.client import ProxyClient
     from lightning_proxy.config import Settings
-    from lightning_proxy.runner import ProxyClient
     from lightning_proxy.store import Store
 
 ConfigOption = Annotated[
@@ -52,7 +52,7 @@ def open_store(settings: Settings) -> Iterator[Store]:
 
 def proxy_client(settings: Settings, *, timeout_s: float = 30.0) -> ProxyClient:
     """The running proxy, with the token that it was configured with."""
-    from lightning_proxy.runner import ProxyClient
+    from lightning_proxy.client import ProxyClient
 
     return ProxyClient(settings.train.proxy_url, settings.proxy.token, timeout_s)
 

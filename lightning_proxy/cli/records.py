@@ -239,6 +239,7 @@ def _show_span(span: Span) -> None:
     logprobs = sum(len(generation.logprobs) for generation in span.generations)
     typer.echo(
         f"tokens: {prompt} read, {written} written, {logprobs} logprobs; fidelity {span.fidelity.value}"
+        + (f"; redacted by {span.redacted}" if span.redacted else "")
     )
     for speaker, text in _conversation(span):
         typer.echo(f"\n[{speaker}] {text}")

@@ -22,7 +22,7 @@ from lightning_proxy.cli.common import (
 from lightning_proxy.errors import InvalidInput, LightningError
 
 if TYPE_CHECKING:
-    from lightning_proxy.runner import ProxyClient
+    from lightning_proxy.client import ProxyClient
 
 _AT_A_TIME = 10_000  # lines of a file in one request, each taken whole or not at all
 

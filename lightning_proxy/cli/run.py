@@ -24,7 +24,8 @@ from lightning_proxy.cli.common import (
 from lightning_proxy.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from lightning_proxy.runner import Done, ProxyClient, Work
+    from lightning_proxy.client import ProxyClient
+    from lightning_proxy.runner import Done, Work
 
 NOTHING_SUCCEEDED = 1
 _PLAIN_LINE_S = 10.0

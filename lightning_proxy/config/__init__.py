@@ -8,6 +8,6 @@ Imports nothing of ours but ``errors``.
 """
 
 from lightning_proxy.config.load import load_settings
-from lightning_proxy.config.settings import Settings, UpstreamSettings
+from lightning_proxy.config.settings import RedactionSettings, Settings, UpstreamSettings
 
-__all__ = ["Settings", "UpstreamSettings", "load_settings"]
+__all__ = ["RedactionSettings", "Settings", "UpstreamSettings", "load_settings"]

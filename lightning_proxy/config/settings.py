@@ -496,6 +496,44 @@ class ExplorationSettings(_Table):
     share: float = Field(default=1.0, gt=0, le=1, description="Share of rollouts that explore.")
 
 
+class RedactionSettings(_Table):
+    """What must not be kept. It is taken out of each span before it is written; agent and engine get all.
+
+    A rule has a `pattern` or a `builtin`, which is searched in all texts, or a `path`, whose values are
+    replaced whole, or a pattern and the path to search it at. A span that lost something has no token ids
+    either, and is not trained on: docs/redaction.md.
+    """
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}$",
+        description="What the rule is called; spans say by name which rules changed them.",
+    )
+    builtin: Literal["email", "credit_card", "iban", "phone", "api_key"] | None = Field(
+        default=None, description="A pattern that comes with us."
+    )
+    pattern: str | None = Field(
+        default=None, min_length=1, description="Regular expression, in Python's notation."
+    )
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="JSON path in the body, e.g. `metadata.email`, `messages[*].content`, `**.ssn`.",
+    )
+    where: Literal["request", "response", "both"] = Field(
+        default="both", description="In which of the two bodies the rule looks."
+    )
+    replacement: str = Field(default="[redacted]", description="What is kept in its place.")
+    roles: tuple[str, ...] = Field(default=(), description="Only for these roles' calls; default: all.")
+
+    @model_validator(mode="after")
+    def _looks_for_something(self) -> Self:
+        if self.builtin is not None and self.pattern is not None:
+            raise ValueError(f"redaction rule {self.name!r} has both builtin and pattern: make two of it")
+        if self.builtin is None and self.pattern is None and self.path is None:
+            raise ValueError(f"redaction rule {self.name!r} needs a builtin, a pattern or a path")
+        return self
+
+
 class Settings(_Table):
     """All tables of ``lightning.toml``."""
 
@@ -511,6 +549,7 @@ class Settings(_Table):
     roles: tuple[RoleSettings, ...] = ()
     rewards: tuple[RewardSettings, ...] = ()
     exploration: tuple[ExplorationSettings, ...] = ()
+    redaction: tuple[RedactionSettings, ...] = ()
 
     @field_validator("rewards")
     @classmethod

@@ -37,5 +37,6 @@ Read ``forward.py`` first: one call, from the agent's first byte to its last.
 ``metrics``         ``/metrics``
 ==================  ==============================================================================
 
-May import ``errors``, ``config`` and ``store``; never the trainer or the runner, and never torch.
+May import ``errors``, ``config``, ``store`` and ``redaction``; never the trainer or the runner, and
+never torch.
 """

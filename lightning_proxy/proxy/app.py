@@ -22,6 +22,7 @@ from aiohttp import web
 
 from lightning_proxy.config import Settings
 from lightning_proxy.errors import ConfigError, EngineError, LightningError, PublishFailed
+from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import RewardRule, Store, VersionStatus, Writer
 
 from .attribution import api_keys
@@ -97,6 +98,7 @@ class Parts:
     tasks: Tasks
     forwarder: Forwarder
     retention: Retention
+    redactor: Redactor | None = None
     base_url: str = ""
 
 
@@ -109,7 +111,7 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
     guard = Guard(settings.proxy.token, parts.attributor, keys_reward=settings.proxy.rollout_keys_reward)
     app = web.Application(client_max_size=settings.proxy.max_body_mb * 2**20, middlewares=[_door(guard)])
     app[PARTS] = parts
-    access = Access(parts.writer, parts.reader)
+    access = Access(parts.writer, parts.reader, parts.redactor)
     pool = TaskRoutes(access, parts.attributor, lambda: parts.base_url)
     app.add_routes(_own_routes(parts, guard, access, pool))
     for path in ("/reward", "/api/{unknown:.*}"):  # with a method that our own routes do not have
@@ -155,10 +157,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
     )
     reader, lookups = Reader(settings), Reader(settings)
     engine = Engine(upstream_url, proxy.upstream_api_key)
-    upstreams = Upstreams(
-        Endpoint(Upstream(upstream_url, proxy.upstream_api_key, proxy.token), engine, proxy.capture),
-        [endpoint_of(one, proxy.token) for one in settings.upstreams],
-    )
+    upstreams = _endpoints(settings, upstream_url, engine)
     switch = Switch(
         policy=settings.policy.name,
         engine=engine,
@@ -168,6 +167,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         tasks=tasks,
         tolerance=settings.train.verify_tolerance,
     )
+    redactor = Redactor.of(settings.redaction)
     attributor = Attributor(
         lambda key: lookups(lambda store: store.owner_of_key(key)),
         lambda digests, ids: lookups(lambda store: store.conversation_ends(digests, ids)),
@@ -184,6 +184,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         tasks=tasks,
         hold_timeout_s=proxy.hold_timeout_s,
         exploration=Exploration(settings.exploration),
+        redactor=redactor,
     )
     _watch(metrics, hold, writer, lambda: switch.version_of(settings.policy.name))
     return Parts(
@@ -200,6 +201,16 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         tasks,
         forwarder,
         Retention(lambda: open_store(settings), settings.store.keep_days),
+        redactor,
+    )
+
+
+def _endpoints(settings: Settings, upstream_url: str, engine: Engine) -> Upstreams:
+    proxy = settings.proxy
+    upstream = Upstream(upstream_url, proxy.upstream_api_key, proxy.token)
+    return Upstreams(
+        Endpoint(upstream, engine, proxy.capture),
+        [endpoint_of(one, proxy.token) for one in settings.upstreams],
     )
 
 

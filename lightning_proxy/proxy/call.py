@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import orjson
 
+from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import ErrorClass, Fidelity, Generation, Span
 
 from .attribution import Attribution
@@ -42,6 +43,7 @@ class Call:
     attribution: Attribution
     altered: bool = False  # what went to the engine is not what the agent sent
     secrets: tuple[str, ...] = ()  # keys that came with the request: not to be stored
+    redactor: Redactor | None = None  # rules on what must not be stored
     policy: str | None = None
     policy_version: int | None = None
     started_at: float = field(default_factory=time.time)
@@ -127,7 +129,7 @@ class Call:
             error_class, error = ErrorClass.CAPTURE_FAULT, self.fault
         attribution = self.attribution
         strand = attribution.strand
-        return Span(
+        span = Span(
             rollout_id=attribution.rollout_id,
             attempt=attribution.attempt,
             role=attribution.role,
@@ -151,10 +153,18 @@ class Call:
             generations=captured.generations if captured else self._generations(),
             fidelity=self._fidelity(captured.fidelity if captured else None),
             error_class=error_class,
-            error=without_secrets(error, self.secrets)[:_LONGEST_ERROR] if error else None,
+            error=self._for_the_record(error),
             retry=attribution.retry,
             conversation=None if strand is None else strand.ended(captured.response if captured else None),
         )
+        return span if self.redactor is None else _shortened(self.redactor.span(span, self.request))
+
+    def _for_the_record(self, error: str | None) -> str | None:
+        """An error without keys, and short: but rules must see all of it before it is cut."""
+        if not error:
+            return None
+        error = without_secrets(error, self.secrets)
+        return error[:_LONGEST_ERROR] if self.redactor is None else error
 
     def _generations(self) -> tuple[Generation, ...]:
         return self._unless_faulty(self._collector.generations) or ()
@@ -194,6 +204,12 @@ def parse_request(body: bytes) -> Json:
     except orjson.JSONDecodeError:
         return {}
     return request if isinstance(request, dict) else {}
+
+
+def _shortened(span: Span) -> Span:
+    if span.error is None or len(span.error) <= _LONGEST_ERROR:
+        return span
+    return replace(span, error=span.error[:_LONGEST_ERROR])
 
 
 def _text_or_none(value: object) -> str | None:

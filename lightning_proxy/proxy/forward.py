@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import aiohttp
 from aiohttp import HttpVersion11, StreamReader, hdrs, web
 
+from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import ErrorClass, Span
 
 from .attribution import SplitPath, split_path
@@ -31,7 +32,7 @@ from .keys import Attributor
 from .metrics import Metrics
 from .problem import problem, unreachable
 from .recorder import Recorder
-from .redaction import secrets_of
+from .redaction import REDACTED, secrets_of
 from .switch import Switch
 from .tasks import Tasks
 from .upstream import Upstream, read_out, reset_at_the_end, response_headers
@@ -75,6 +76,7 @@ class Forwarder:
         tasks: Tasks,
         hold_timeout_s: float,
         exploration: Exploration | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
         self._upstreams = upstreams
         self._hold = hold
@@ -87,6 +89,7 @@ class Forwarder:
         self._websockets = WebSockets(upstreams.main.upstream, metrics, tasks)
         self._hold_timeout_s = hold_timeout_s
         self._exploration = exploration or Exploration()
+        self._redactor = redactor
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Forward one request."""
@@ -244,6 +247,7 @@ class Forwarder:
             altered=prepared.body is not received.body or prepared.path is not None,
             secrets=secrets_of(request.headers, endpoint.upstream.key),
             attribution=attribution,
+            redactor=self._redactor,
             policy=policy,
             policy_version=version,
         )
@@ -320,6 +324,8 @@ class Forwarder:
             policy_version_end=self._switch.version_of(call.policy), error_class=error_class, error=error
         )
         if findings := self._findings.of(span, call.request):
+            if span.redacted is not None:  # their words are out of what was taken out
+                findings = tuple(replace(each, detail=REDACTED) for each in findings)
             span = replace(span, findings=findings)
         self._count(call, span)
         return span
@@ -339,9 +345,13 @@ class Forwarder:
             self._metrics.upstream_errors.labels(span.error_class).inc()
         for found in span.findings:
             self._metrics.findings.labels(found.error_class.value).inc()
+        if span.redacted is not None:
+            for rule in span.redacted.split(","):
+                self._metrics.redacted.labels(rule).inc()
         if call.fault is not None:
             self._metrics.capture_faults.labels("unreadable_answer").inc()
-            self._recorder.mark_incomplete(span.rollout_id, f"a call could not be read: {call.fault}")
+            fault = call.fault if self._redactor is None else self._redactor.value(call.fault)
+            self._recorder.mark_incomplete(span.rollout_id, f"a call could not be read: {fault}")
 
 
 async def _chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -55,6 +55,12 @@ class Metrics:
             ("error_class",),
             registry=registry,
         )
+        self.redacted = Counter(
+            "lightning_redacted_spans",
+            "Spans of which something was taken out, by rule",
+            ("rule",),
+            registry=registry,
+        )
         self.rewards = Counter("lightning_rewards", "Rewards committed", registry=registry)
         self.swap_seconds = Histogram(
             "lightning_swap_seconds", "Length of weight changes", buckets=_SLOW, registry=registry

@@ -1,4 +1,4 @@
-"""Runs unmodified agent commands as rollouts, and speaks to the proxy's control routes.
+"""Runs unmodified agent commands as rollouts.
 
 ``command``   one command under a fresh rollout: its environment, its signals, its end (read this first)
 ``worker``    the same for every task of the pool: claims, leases, ends, signals
@@ -7,13 +7,11 @@
 ``names``     what a runner is called, and how the next one knows that it is dead
 ``taskfile``  tasks from a JSONL file, and their fields in command and environment (no processes)
 ``pool``      each thing that can be asked of the task pool
-``client``    one HTTP request to the proxy, with errors that say what to do
 
-Standard library only, beside ``errors`` and the store's reading of a task: the proxy may be on another
-machine.
+Standard library only, beside ``errors``, ``client`` and the store's reading of a task: the proxy may
+be on another machine.
 """
 
-from lightning_proxy.runner.client import ProxyClient
 from lightning_proxy.runner.command import RolloutRequest, run_command
 from lightning_proxy.runner.pool import enqueue, progress
 from lightning_proxy.runner.taskfile import check_command, read_tasks
@@ -21,7 +19,6 @@ from lightning_proxy.runner.worker import Done, Runner, Work
 
 __all__ = [
     "Done",
-    "ProxyClient",
     "RolloutRequest",
     "Runner",
     "Work",

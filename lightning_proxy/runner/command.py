@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Any, Self
 from urllib.parse import quote
 
+from lightning_proxy.client.proxy import ProxyClient
 from lightning_proxy.errors import InvalidInput, LightningError
-from lightning_proxy.runner.client import ProxyClient
 from lightning_proxy.store.records import ErrorClass
 
 log = logging.getLogger(__name__)

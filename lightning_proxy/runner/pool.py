@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from lightning_proxy.client.proxy import ProxyClient
 from lightning_proxy.errors import EngineRefused, EngineUnreachable
-from lightning_proxy.runner.client import ProxyClient
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

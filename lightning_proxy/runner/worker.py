@@ -23,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+from lightning_proxy.client.proxy import ProxyClient
 from lightning_proxy.errors import InvalidInput, LightningError
 from lightning_proxy.runner import pool as pools
-from lightning_proxy.runner.client import ProxyClient
 from lightning_proxy.runner.command import agent_environment
 from lightning_proxy.runner.names import Name
 from lightning_proxy.runner.pool import Pool

@@ -21,7 +21,7 @@ from lightning_proxy.errors import (
     UnknownTarget,
 )
 
-SCHEMA_VERSION = 7  # PRAGMA user_version once every migration of schema.py has been applied
+SCHEMA_VERSION = 9  # PRAGMA user_version once every migration of schema.py has been applied
 
 Synchronous = Literal["normal", "full"]
 

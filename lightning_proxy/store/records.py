@@ -156,6 +156,7 @@ class Span:
     # Digest of messages and reply, where the conversation may be needed to attribute a later call.
     conversation: bytes | None = None
     findings: tuple[Finding, ...] = ()  # beside a response or an error
+    redacted: str | None = None  # names of the rules that took something out of it, with commas between
     # Counted by the store: the first generation's prompt, all responses. None: there are no token ids.
     prompt_tokens: int | None = field(default=None, compare=False)
     response_tokens: int | None = field(default=None, compare=False)

@@ -328,6 +328,18 @@ def contents_once(db: Database) -> None:
     db.execute("ALTER TABLE spans ADD COLUMN response_tokens INTEGER")
 
 
+@migrations()
+def redaction(db: Database) -> None:
+    """By which rules a span lost what must not be kept."""
+    db.execute("ALTER TABLE spans ADD COLUMN redacted TEXT")
+
+
+@migrations()
+def imports(db: Database) -> None:
+    """Which spans of other tracers have been imported: trace id and span id, 24 bytes."""
+    db.execute("CREATE TABLE imported (origin BLOB PRIMARY KEY) WITHOUT ROWID")
+
+
 def _statements(script: str) -> list[str]:
     """Split a script on ';' at line end, so that it can run inside the migration's transaction."""
     parts = [part.strip() for part in script.split(";\n")]

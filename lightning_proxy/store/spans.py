@@ -22,8 +22,8 @@ INSERT INTO spans (
   rollout_id, attempt, role, wire, model, policy, policy_version, policy_version_end,
   attributed_by, attribution_confidence, started_at, first_byte_at, ended_at, streamed, status,
   response_id, fidelity, error_class, error, usage, sampling, request, response, retry, conversation,
-  prompt_tokens, response_tokens
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, x'', ?, ?, ?, ?, ?)"""
+  redacted, prompt_tokens, response_tokens
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, x'', ?, ?, ?, ?, ?, ?)"""
 _ADD_FINDING = "INSERT INTO findings (span_id, error_class, detail, call_id, at) VALUES (?, ?, ?, ?, ?)"
 _FINDINGS = """
 SELECT * FROM findings WHERE span_id IN (SELECT value FROM json_each(?)) ORDER BY rowid"""
@@ -43,6 +43,7 @@ _ENDS_BY_CONVERSATION = _ENDS.format("conversation")
 _ENDS_BY_RESPONSE = _ENDS.format("response_id")
 _MANY_REQUESTS = 50  # that are held at a time
 _BEYOND_ALL = 2**63 - 1
+_READ_AT_ONCE = 64  # spans that `iterate_spans` holds in memory
 _MOST_ENDS = 16  # rollouts with the same history that are told apart; the newest
 
 
@@ -55,6 +56,17 @@ class Spans(Archive):
         Returns its id. Raises ``StoreError`` for one that has both a response and an error, or neither.
         """
         with self.transaction():
+            return self.write_span(span)
+
+    def add_imported_span(self, origin: bytes, span: Span) -> int | None:
+        """Record a span that was traced elsewhere, once per ``origin``; ``None`` where it is known.
+
+        One that was imported and deleted since does not come back.
+        """
+        with self.transaction():
+            if self.rows("SELECT 1 FROM imported WHERE origin = ?", (origin,)):
+                return None
+            self.connection.execute("INSERT INTO imported (origin) VALUES (?)", (origin,))
             return self.write_span(span)
 
     def write_span(self, span: Span) -> int:
@@ -78,6 +90,7 @@ class Spans(Archive):
     def _insert(self, span: Span) -> int:
         told = self.tell(span)
         generations = span.generations
+        counted = bool(generations) and span.redacted is None  # else there are no token ids
         # Plain ints and texts: for enums and bools sqlite3 looks for an adapter each time.
         span_id = self.connection.execute(
             _ADD_SPAN,
@@ -106,8 +119,9 @@ class Spans(Archive):
                 None if span.response is None else b"",
                 span.retry,
                 span.conversation,
-                len(generations[0].prompt_token_ids) if generations else None,
-                sum(len(one.response_token_ids) for one in generations) if generations else None,
+                span.redacted,
+                len(generations[0].prompt_token_ids) if counted else None,
+                sum(len(one.response_token_ids) for one in generations) if counted else None,
             ),
         ).lastrowid
         assert span_id is not None  # an INSERT into a table with a rowid has one
@@ -152,6 +166,23 @@ class Spans(Archive):
                 (rollout_id, attempt),
             )
         )
+
+    def iterate_spans(self, rollout_id: str, attempt: int) -> Iterator[Span]:
+        """The same, some at a time: for whoever reads more than memory holds."""
+        ids = [
+            row["span_id"]
+            for row in self.rows(
+                "SELECT span_id FROM spans WHERE rollout_id = ? AND attempt = ? ORDER BY started_at, span_id",
+                (rollout_id, attempt),
+            )
+        ]
+        for start in range(0, len(ids), _READ_AT_ONCE):
+            wanted = id_list(ids[start : start + _READ_AT_ONCE])
+            yield from self._spans(
+                "SELECT * FROM spans WHERE span_id IN (SELECT value FROM json_each(?)) "
+                "ORDER BY started_at, span_id",
+                (wanted,),
+            )
 
     def recent_requests(self, limit: int) -> Iterator[tuple[str, str | None, str, bytes]]:
         """``(rollout id, role, wire, request)`` of the newest spans, newest first, some at a time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_proxy.store.claims import Claims
 from lightning_proxy.store.judgements import Judgements
-from lightning_proxy.store.records import RolloutState, RolloutSummary
+from lightning_proxy.store.records import Rollout, RolloutState, RolloutSummary
 from lightning_proxy.store.rollouts import rollout_from
 
 _SUMMARIES = """
@@ -66,6 +66,25 @@ class Store(Judgements, Claims):
                 )
             )
         return summaries
+
+    def rollouts_after(
+        self,
+        after: tuple[float, str] | None,
+        *,
+        since: float | None = None,
+        until: float | None = None,
+        limit: int = 100,
+    ) -> list[Rollout]:
+        """Rollouts, oldest first; ``after`` is the ``(created_at, rollout_id)`` to go on from."""
+        wanted = {
+            "(created_at, rollout_id) > (?, ?)": after or (),
+            "created_at >= ?": () if since is None else (since,),
+            "created_at < ?": () if until is None else (until,),
+        }
+        where = " AND ".join(clause for clause, values in wanted.items() if values) or "1"
+        parameters = [value for values in wanted.values() for value in values]
+        sql = f"SELECT * FROM rollouts WHERE {where} ORDER BY created_at, rollout_id LIMIT ?"
+        return [rollout_from(row) for row in self.rows(sql, (*parameters, limit))]
 
     def stats(self) -> dict[str, int | float]:
         """Counts of everything, the Unix time of the newest span's end (0.0: none) and the file's bytes."""

@@ -33,6 +33,7 @@ class Reason(StrEnum):
     SUPERSEDED = "superseded"  # calls whose answer the agent's SDK did not get, and tried again
     OTHER_POLICY = "other_policy"  # calls to another model
     OTHER_ROLE = "other_role"  # calls of a role that is not to be trained
+    REDACTED = "redacted"  # calls of which something was taken out, and their token ids with it
     NOT_EXACT = "not_exact"  # calls without the engine's own token ids
     NO_LOGPROBS = "no_logprobs"  # generations without a finite logprob for every token
     EMPTY = "empty"  # generations without a token, or with an empty prompt
@@ -241,6 +242,8 @@ def _why_not_span(span: Span, terms: Terms) -> Reason | None:
         return Reason.OTHER_POLICY
     if terms.roles and span.role not in terms.roles:
         return Reason.OTHER_ROLE
+    if span.redacted is not None:
+        return Reason.REDACTED
     if span.fidelity is not Fidelity.EXACT or not span.generations:
         return Reason.NOT_EXACT
     return None
@@ -260,6 +263,6 @@ def _why_not_generation(generation: Generation, max_tokens: int) -> Reason | Non
 def _next_prompt(spans: Sequence[Span], start: int, unseen: frozenset[int], policy: str) -> array[int] | None:
     for position in range(start, len(spans)):
         span = spans[position]
-        if position not in unseen and span.policy == policy and span.generations:
+        if position not in unseen and span.policy == policy and span.generations and not span.redacted:
             return span.generations[0].prompt_token_ids
     return None

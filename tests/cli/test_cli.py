@@ -33,6 +33,8 @@ DOCUMENTED = (
     "prune",
     "status",
     "demo",
+    "export",
+    "import",
 )
 ALL_COMMANDS = [(name,) for name in DOCUMENTED] + [("policies", "promote"), ("policies", "rollback")]
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from lightning_proxy.client import ProxyClient
 from lightning_proxy.errors import Conflict, EngineRefused, EngineUnreachable, InvalidInput, UnknownTarget
-from lightning_proxy.runner import ProxyClient, RolloutRequest, run_command
+from lightning_proxy.runner import RolloutRequest, run_command
 from lightning_proxy.runner.command import agent_environment
 
 ROLLOUT = {
@@ -125,7 +126,8 @@ def test_the_address_is_the_one_by_which_we_reached_the_proxy() -> None:
 
 def start_run(proxy: FakeProxy, program: str) -> subprocess.Popen[str]:
     runner = (
-        "import sys; from lightning_proxy.runner import ProxyClient, run_command; "
+        "import sys; from lightning_proxy.client import ProxyClient; "
+        "from lightning_proxy.runner import run_command; "
         "sys.exit(run_command([sys.executable, '-c', sys.argv[2]], ProxyClient(sys.argv[1])))"
     )
     pipe = subprocess.PIPE

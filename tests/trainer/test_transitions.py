@@ -54,6 +54,7 @@ def test_credit_advantage_and_group_are_none_until_they_are_assigned() -> None:
         (span("r", generation([1], [2]), policy="gpt"), Reason.OTHER_POLICY),
         (span("r", generation([1], [2]), fidelity=Fidelity.RETOKENIZED), Reason.NOT_EXACT),
         (span("r", fidelity=Fidelity.TEXT), Reason.NOT_EXACT),
+        (replace(span("r", fidelity=Fidelity.TEXT), redacted="email"), Reason.REDACTED),
         (span("r", generation([1], [2], lambda *_: [])), Reason.NO_LOGPROBS),
         (span("r", generation([1], [2], lambda *_: [float("nan")])), Reason.NO_LOGPROBS),
         (span("r", generation([1], [2], lambda *_: [float("-inf")])), Reason.NO_LOGPROBS),

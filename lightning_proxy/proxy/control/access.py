@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lightning_proxy.errors import StoreUnavailable
+from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import Store, Writer
 
 T = TypeVar("T")
@@ -16,10 +17,22 @@ _STORE_PATIENCE_S = 15.0
 class Access:
     """Changes go through the one writer, questions through a connection of their own."""
 
-    def __init__(self, writer: Writer, read: Callable[[Callable[[Store], Any]], Any]) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        read: Callable[[Callable[[Store], Any]], Any],
+        redactor: Redactor | None = None,
+    ) -> None:
         """``read`` asks the store and blocks: it is called off the loop."""
         self._writer = writer
         self._read_blocking = read
+        self._redactor = redactor
+
+    def kept(self, fields: dict[str, Any], *names: str) -> dict[str, Any]:
+        """``fields`` as they may be written: the named ones, which people write, without what rules find."""
+        if self._redactor is None:
+            return fields
+        return fields | {name: self._redactor.value(fields[name]) for name in names if name in fields}
 
     async def write(self, change: Callable[[Store], T]) -> T:
         """Run a change through the one writer; return when it is durable."""

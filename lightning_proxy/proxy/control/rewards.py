@@ -60,14 +60,17 @@ class RewardRoutes:
                 raise InvalidInput(
                     f"a list of {len(posted)} rewards is too long: send {_LONGEST_LIST} at a time"
                 )
-            many = [_reward_fields(item, f"rewards[{i}]") for i, item in enumerate(posted)]
+            many = [self._fields(item, f"rewards[{i}]") for i, item in enumerate(posted)]
             results = await self._access.write(lambda store: _enter(store, many, only))
             self._metrics.rewards.inc(sum(created for _, created in results))
             return answer({"rewards": [_reward_answer(*result) for result in results]})
-        one = _reward_fields(posted, "the reward")
+        one = self._fields(posted, "the reward")
         [(reward, created)] = await self._access.write(lambda store: _enter(store, one, only))
         self._metrics.rewards.inc(int(created))
         return answer(_reward_answer(reward, created), 201 if created else 200)
+
+    def _fields(self, item: Any, what: str) -> dict[str, Any]:
+        return self._access.kept(_reward_fields(item, what), "comment", "demonstration")
 
 
 def _enter(

@@ -46,6 +46,7 @@ class RolloutRoutes:
         wanted = [fields_of(item, _ROLLOUT_FIELDS, "the rollout") for item in items]
         for item in wanted:
             _check_rollout(item)
+        wanted = [self._access.kept(item, "metadata") for item in wanted]
         made = await self._access.write(lambda store: [_create(store, item) for item in wanted])
         answers = []
         for rollout, _, key, role in made:
@@ -95,6 +96,7 @@ class RolloutRoutes:
     async def finish_rollout(self, request: web.Request) -> web.Response:
         """``{"state": "succeeded" | "failed" | "cancelled", "reason"?, "error_class"?}``"""
         posted = fields_of(await read_json(request), _CHANGE_FIELDS, "the change")
+        posted = self._access.kept(posted, "reason")
         if "state" not in posted:
             raise InvalidInput("the change lacks 'state': succeeded, failed or cancelled")
         state = rollout_state_of(posted["state"])

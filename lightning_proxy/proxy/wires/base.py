@@ -116,8 +116,8 @@ _SHAPING = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0}  # and the val
 
 
 def shaped(sampling: Json) -> bool:
-    """Whether these parameters make another distribution of the model's own."""
-    return any(
+    """Whether these parameters make another distribution of the model's own, and not a single token."""
+    return sampling.get("temperature") != 0 and any(
         isinstance(value := sampling.get(name, off), int | float) and value != off
         for name, off in _SHAPING.items()
     )

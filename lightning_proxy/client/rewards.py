@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_proxy.client.proxy import ProxyClient
 from lightning_proxy.errors import EngineUnreachable, InvalidInput, StoreUnavailable
-from lightning_proxy.runner.client import ProxyClient
 
 _HERE = "http://127.0.0.1:8080"
 _ROUTE = "/reward"

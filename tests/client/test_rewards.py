@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 import lightning_proxy
-from lightning_proxy import client
 from lightning_proxy.errors import EngineRefused, EngineUnreachable, InvalidInput, UnknownTarget
 from tests.conftest import MakeProxy, ProxyThread
 from tests.engine import EngineThread
@@ -31,7 +30,7 @@ def rollout(proxy: ProxyThread) -> str:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("lightning_proxy.client.rewards._PAUSES_S", (0.0, 0.0))
 
 
 def test_a_reward_is_in_the_ledger_when_the_call_returns(proxy: ProxyThread, rollout: str) -> None:

@@ -1,0 +1,143 @@
+"""What becomes of a span: its texts, its tokens, its digest."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lightning_proxy.config import RedactionSettings
+from lightning_proxy.redaction import Redactor
+from lightning_proxy.store import Fidelity, Generation, Span
+from tests.store.support import make_span
+
+
+def redactor(*rules: dict[str, Any]) -> Redactor:
+    made = Redactor.of(
+        [RedactionSettings.model_validate({"name": f"rule-{i}", **r}) for i, r in enumerate(rules)]
+    )
+    assert made is not None
+    return made
+
+
+def span(request: Any, response: Any = None, **changes: Any) -> Span:
+    ended = {"error_class": "timeout"} if response is None else {"response": json.dumps(response).encode()}
+    given: dict[str, Any] = {
+        "response": None,
+        "request": json.dumps(request).encode(),
+        "conversation": b"d" * 16,
+    }
+    return make_span(**{**given, **ended, **changes})
+
+
+def test_no_rules_no_redactor() -> None:
+    assert Redactor.of(()) is None
+
+
+def test_a_span_that_holds_nothing_stays_the_same_object() -> None:
+    clean = span({"messages": ["x"]}, {"choices": []})
+    assert redactor({"builtin": "email"}).span(clean) is clean
+
+
+def test_a_span_that_lost_something_says_why_and_has_no_tokens() -> None:
+    made = redactor({"pattern": "s3cret"}, {"path": "metadata.name"}).span(
+        span({"metadata": {"name": "Ann"}, "prompt": "s3cret"}, {"id": "x"}, usage=None)
+    )
+    assert made.redacted == "rule-1,rule-0"  # paths first
+    assert json.loads(made.request) == {"metadata": {"name": "[redacted]"}, "prompt": "[redacted]"}
+    nothing = (array("i"), array("i"), array("f"))
+    assert made.generations == (Generation(*nothing, "stop"), Generation(*nothing, "length"))
+    assert made.usage == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert (made.fidelity, made.conversation) == (Fidelity.TEXT, None)
+
+
+def test_an_incomplete_span_stays_incomplete() -> None:
+    made = redactor({"pattern": "x"}).span(span({"a": "x"}, {}, fidelity=Fidelity.INCOMPLETE))
+    assert made.fidelity is Fidelity.INCOMPLETE
+
+
+def test_numbers_are_looked_at_where_people_write_them() -> None:
+    ssn = redactor({"pattern": r"\d{9}"})
+    answer = {"created": 1700000000, "usage": {"prompt_tokens": 123456789}}
+    clean = span({"seed": 123456789}, answer, sampling={"seed": 123456789})
+    assert ssn.span(clean) is clean
+    made = ssn.span(span({"tools": [{"input": {"ssn": 123456789}}]}, {}))
+    assert json.loads(made.request) == {"tools": [{"input": {"ssn": "[redacted]"}}]}
+
+
+def test_two_rules_of_one_name_are_two_rules() -> None:
+    made = redactor({"name": "x", "pattern": "aaaa"}, {"name": "x", "pattern": "bbbb"}).span(
+        span({"a": "aaaa bbbb"}, {})
+    )
+    assert json.loads(made.request) == {"a": "[redacted] [redacted]"}
+
+
+def test_a_pattern_at_a_path_looks_nowhere_else() -> None:
+    made = redactor({"pattern": r"\d+", "path": "**.note"}).span(span({"note": "no. 77", "size": "77"}, {}))
+    assert json.loads(made.request) == {"note": "no. [redacted]", "size": "77"}
+
+
+def test_a_text_is_looked_at_again_by_a_rule_that_has_not_seen_it() -> None:
+    """What one rule found clean says nothing of another."""
+    both = redactor({"pattern": "aaaa", "where": "request"}, {"pattern": "bbbb", "where": "response"})
+    assert both.span(span({"t": "bbbb"}, {"t": "x"})).redacted is None
+    assert both.span(span({"t": "x"}, {"t": "bbbb"})).redacted == "rule-1"
+
+
+def test_what_was_taken_out_before_is_taken_out_again() -> None:
+    one = redactor({"pattern": r"(?<=password: )\S+"})
+    one.span(span({"m": "password: hunter2"}, {}))
+    made = one.span(span({"m": "Is hunter2 good?"}, {"m": {"hunter2": 1}}))
+    assert made.redacted == "repeated"
+    assert json.loads(made.request) == {"m": "Is [redacted] good?"}
+    other = span({"m": "Is hunter2 good?"}, {}, rollout_id="r2")
+    assert one.span(other) is other
+
+
+def test_a_long_text_that_was_taken_out_does_not_crowd_out_a_short_one() -> None:
+    one = redactor({"path": "document"}, {"pattern": "hunter2(?=!)"})
+    long = "word " * 50_000
+    first = one.span(span({"document": long, "m": "hunter2!"}, {"m": f"{long} hunter2"}))
+    assert first.response is not None
+    assert json.loads(first.response) == {"m": "[redacted]  [redacted]"}
+    assert json.loads(one.span(span({"m": "hunter2?"}, {})).request) == {"m": "[redacted]?"}
+
+
+def test_each_text_gets_its_own_replacement_when_it_comes_again() -> None:
+    one = redactor(
+        {"pattern": "Ann[a-z]+(?=!)", "replacement": "<name>"}, {"pattern": "Rome!", "replacement": "<city>"}
+    )
+    one.span(span({"m": "Annabel! Rome!"}, {}))
+    assert json.loads(one.span(span({"m": "Annabel in Rome!"}, {})).request) == {"m": "<name> in <city>"}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"previous_response_id": "resp_1"},
+        {"input": [{"type": "item_reference", "id": "x"}]},
+        {"prompt": [1, 2]},
+    ],
+)
+def test_a_prompt_that_cannot_be_read_has_no_tokens(asked: dict[str, Any]) -> None:
+    made = redactor({"builtin": "email"}).span(span(asked, {}))
+    assert made.redacted == "unread"
+    only_answers = redactor({"builtin": "email", "where": "response"}).span(span(asked, {}))
+    assert only_answers.redacted is None
+
+
+def test_what_cannot_be_looked_through_keeps_only_its_numbers() -> None:
+    deep = b'{"a":' * 900 + b'"s3cret"' + b"}" * 900
+    made = redactor({"pattern": "s3cret"}).span(replace(span({}, {}), request=deep))
+    assert (made.request, made.response, made.redacted) == (b"{}", b"{}", "unread")
+    assert made.generations[0].prompt_token_ids == array("i")
+
+
+def test_what_is_no_json_is_a_text() -> None:
+    made = redactor({"pattern": "s3cret"}).span(
+        replace(span({}, None, error="oh s3cret"), request=b"a s3cret\xff")
+    )
+    assert (made.request, made.error) == ("a [redacted]�".encode(), "oh [redacted]")
