@@ -1,6 +1,6 @@
 """The store: everything that is recorded, in one SQLite file (WAL).
 
-Read first ``records.py`` (what there is, in the field's words), then ``schema.py`` (the same as
+Read first ``records.py`` (what there is, in the field's words), then ``migrations/`` (the same as
 tables), then the part that you are after::
 
     connection.py   opening, migrating, transactions, SQLite's errors in our words

@@ -21,7 +21,7 @@ from lightning_proxy.errors import (
     UnknownTarget,
 )
 
-SCHEMA_VERSION = 9  # PRAGMA user_version once every migration of schema.py has been applied
+SCHEMA_VERSION = 9  # PRAGMA user_version once every one of migrations/ has been applied
 
 Synchronous = Literal["normal", "full"]
 
@@ -249,7 +249,7 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     """All pending migrations and the new ``user_version`` in one transaction."""
     from sqlite_utils import Database  # here, for it takes a quarter of a second and is needed once
 
-    from lightning_proxy.store.schema import migrations
+    from lightning_proxy.store.migrations import migrations
 
     connection.execute("BEGIN IMMEDIATE")
     try:

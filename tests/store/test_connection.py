@@ -14,7 +14,7 @@ from sqlite_utils.migrations import Migrations
 from lightning_proxy.errors import Conflict, InvalidInput, StoreError, StoreUnavailable, UnknownTarget
 from lightning_proxy.store import Store
 from lightning_proxy.store.connection import SCHEMA_VERSION
-from lightning_proxy.store.schema import migrations
+from lightning_proxy.store.migrations import migrations
 from tests.store.support import make_span, output_of, start_script
 
 
@@ -96,10 +96,8 @@ def test_a_migration_that_fails_leaves_nothing_behind(db: Path, monkeypatch: pyt
 def test_a_database_of_version_1_is_migrated_with_its_spans(db: Path) -> None:
     from sqlite_utils import Database
 
-    from lightning_proxy.store.schema import first_schema
-
     first = Migrations("lightning_proxy")
-    first()(first_schema)
+    first()(migrations._migrations[0].fn)
     with closing(sqlite3.connect(db, isolation_level=None)) as connection:
         first.apply(Database(connection))
         connection.execute("PRAGMA user_version=1")
@@ -120,11 +118,9 @@ def test_a_database_of_version_1_is_migrated_with_its_spans(db: Path) -> None:
 def test_spans_of_version_3_are_read_beside_new_ones(db: Path) -> None:
     from sqlite_utils import Database
 
-    from lightning_proxy.store import schema
-
     third = Migrations("lightning_proxy")
-    for change in (schema.first_schema, schema.retries_and_conversations, schema.failures):
-        third()(change)
+    for change in migrations._migrations[:3]:
+        third()(change.fn)
     old = make_span(conversation=b"c" * 16)
     with closing(sqlite3.connect(db, isolation_level=None)) as connection:
         third.apply(Database(connection))
@@ -163,7 +159,7 @@ def test_processes_that_open_a_new_file_at_once_all_succeed(db: Path) -> None:
     script = """
         import sys
         from lightning_proxy.store import Store
-        import lightning_proxy.store.schema
+        import lightning_proxy.store.migrations
         import os, time
         print("ready", flush=True)
         while not os.path.exists(sys.argv[2]):

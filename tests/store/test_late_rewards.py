@@ -18,7 +18,7 @@ from lightning_proxy.store import (
     Store,
     VersionStatus,
 )
-from lightning_proxy.store.schema import migrations
+from lightning_proxy.store.migrations import migrations
 from tests.store.support import POLICY, add_ready_rollout, make_span
 
 
