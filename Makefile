@@ -16,8 +16,8 @@ demo: setup ## The whole loop on this machine: an agent that learns through the 
 test: setup lint types ## Lint, types and all tests, real vLLM and verl among them
 	@$(BIN)/pytest $(ARGS)
 
-test-fast: setup lint types ## The same without vLLM, verl and foreign agents, for daily work
-	@$(BIN)/pytest -n 2 -m "not vllm and not train and not clients" $(ARGS)
+test-fast: setup lint types ## The same without vLLM, verl, foreign agents and drills, for daily work
+	@$(BIN)/pytest -n 2 -m "not vllm and not train and not clients and not drill" $(ARGS)
 
 conformance: setup ## Real agents of many frameworks through the proxy; writes docs/conformance.md
 	@$(BIN)/python -m conformance $(ARGS)

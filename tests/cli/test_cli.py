@@ -375,6 +375,7 @@ def next_report(stdout: IO[str]) -> Any:
     return json.loads(text)
 
 
+@pytest.mark.train  # it loads what it will need before there is work
 def test_watching_repeats_and_ends_on_a_signal(db: Path) -> None:
     Path("lightning.toml").write_text("[train]\nwatch_interval_s = 0.1\n")
     command = [sys.executable, "-m", "lightning_proxy.cli", "train", "--watch", "--json"]

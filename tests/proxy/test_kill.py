@@ -22,6 +22,8 @@ from lightning_proxy.store import Store
 from tests.conftest import MakeProxyProcess, ProxyProcess
 from tests.proxy.raw_http import HELLO
 
+pytestmark = pytest.mark.drill
+
 ROUNDS = 6
 CLIENTS = 8
 LOAD_S = (0.2, 0.9)  # how long a round runs before the kill

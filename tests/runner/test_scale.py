@@ -23,6 +23,8 @@ from tests.conftest import MakeProxyProcess, wait_until
 from tests.runner.pool import EXPECTED, RULES, Runners, kill, summary_of, write_tasks
 from tests.runner.test_worker import check, check_attempts
 
+pytestmark = pytest.mark.drill
+
 TASKS = int(os.environ.get("TASK_POOL_TASKS", "24"))
 GROUP = int(os.environ.get("TASK_POOL_GROUP", "4"))
 # Of 24 tasks: what goes right, and then each of the faults, those that cost time once.

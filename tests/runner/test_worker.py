@@ -16,6 +16,8 @@ from tests.conftest import MakeProxyProcess, ProxyThread, wait_until
 from tests.engine import EngineThread, FakeEngine
 from tests.runner.pool import EXPECTED, Runners, enqueue, kill, rules, summary_of, write_tasks
 
+pytestmark = pytest.mark.drill
+
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Any:

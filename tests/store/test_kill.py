@@ -17,6 +17,8 @@ from array import array
 from lightning_proxy.store import Generation, Writer
 from tests.store.support import make_span
 
+pytestmark = pytest.mark.drill
+
 async def agent(writer, run, number):
     for call in range(1_000_000):
         name = f"{run}-{number}-{call}"

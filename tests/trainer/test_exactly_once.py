@@ -257,6 +257,7 @@ def live_through(world: World, draw: random.Random, kills: int, pause_s: tuple[f
     assert not any(thread.is_alive() for thread in threads)
 
 
+@pytest.mark.drill
 def test_killing_trainer_and_proxy_at_random_moments_loses_and_doubles_nothing(
     engine_url: str, make_proxy_process: MakeProxyProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
