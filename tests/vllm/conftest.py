@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,14 +41,13 @@ class Served:
         return Store.open(self.db)
 
 
-@pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Real vLLM behind a real proxy process."""
-    directory = tmp_path_factory.mktemp("served")
+@contextmanager
+def serving(directory: Path, *args: str) -> Iterator[Served]:
+    """``serve --model`` with further arguments for vLLM."""
     config = directory / "lightning.toml"
-    # Processed: so that what the engine says of a shaped distribution can be compared with the trainer's.
-    args = ["--max-model-len", "2048", "--logprobs-mode", "processed_logprobs"]
-    config.write_text(f'[policy]\nname = "{MODEL}"\n[engine]\nargs = {json.dumps(args)}\n')
+    config.write_text(
+        f'[policy]\nname = "{MODEL}"\n[engine]\nargs = {json.dumps(["--max-model-len", "2048", *args])}\n'
+    )
     command = [str(Path(sys.executable).with_name("lightning-proxy")), "serve", "--model", str(WEIGHTS)]
     command += ["--port", "0", "--db", "lightning.db", "--config", str(config)]
     log = directory / "proxy.log"
@@ -68,6 +68,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
         process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Real vLLM behind a real proxy process."""
+    with serving(tmp_path_factory.mktemp("served")) as running:
+        yield running
 
 
 def is_ready(url: str) -> bool:

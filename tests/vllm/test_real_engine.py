@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import OpenAI
 
-from lightning_proxy.config.settings import TrainSettings
 from lightning_proxy.store import Fidelity, Span
 from tests.conftest import wait_until
 from tests.vllm.compare import post
@@ -43,52 +41,6 @@ MESSAGES: Any = [
 def spans_of(served: Served, rollout_id: str) -> list[Span]:
     with served.store() as store:
         return store.list_spans(rollout_id=rollout_id)[::-1]
-
-
-@pytest.mark.train
-@pytest.mark.filterwarnings("ignore")  # verl and torch warn about themselves
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {"temperature": 0.7},
-        {"top_p": 0.9},
-        {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.02},
-        {"temperature": 1.3},
-    ],
-    ids=["temperature", "top_p", "all", "hot"],
-)
-def test_the_trainer_computes_the_very_distribution_that_vllm_sampled_from(
-    served: Served, sampling: dict[str, float]
-) -> None:
-    """The ratio on fresh data is 1: the engine's processed logprobs are the trainer's to 1e-4."""
-    import numpy as np
-
-    from lightning_proxy.trainer.backend import open_backend
-    from lightning_proxy.trainer.batches import pack
-    from lightning_proxy.trainer.trajectories import merge
-    from lightning_proxy.trainer.transitions import LeftOut, Terms, transitions_of
-
-    rollout = "shaped-" + "-".join(f"{name}{value}" for name, value in sampling.items())
-    for seed in range(6):
-        body = {"model": MODEL, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 40, "seed": seed}
-        post(f"{served.url}/rollout/{rollout}/v1/chat/completions", {**body, **sampling})
-    with served.store() as store:
-        store.add_reward(value=1.0, rollout_id=rollout)
-        [each] = [one for one in store.preview(MODEL, 100) if one.rollout.rollout_id == rollout]
-    made = transitions_of(each, Terms(MODEL, 2048, version=0), LeftOut())
-    assert len(made) == 6
-    assert not any(transition.logprobs_are_raw for transition in made)
-    rows = pack(merge([replace(transition, advantage=1.0) for transition in made]))
-    assert not (rows.sampling[rows.mask] == 0).any()
-    backend = open_backend(TrainSettings(device="cpu", threads=1), WEIGHTS)
-    try:
-        computed = backend.logprobs(rows)
-        metrics = backend.update(rows)
-    finally:
-        backend.close()
-    np.testing.assert_allclose(computed[rows.mask], rows.logprobs[rows.mask], atol=1e-4)
-    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
-    assert metrics["clip_frac"] == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
