@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast conformance lint types bench bench-storage docs clean
+.PHONY: help setup demo test test-fast conformance lint types bench bench-storage bench-training docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ types: setup ## mypy, strict
 
 bench: setup ## CPU time per captured call, beside nginx and a bare forwarder
 	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-training: setup ## Where the seconds of a training run go
+	@$(BIN)/python -m benchmarks.training $(ARGS)
 
 bench-storage: setup ## The room that a long conversation takes in the database
 	@$(BIN)/python -m benchmarks.storage $(ARGS)
