@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Iterator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +25,7 @@ from lightning_proxy.cli.failures import Part, findings_of, in_words, show_failu
 from lightning_proxy.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from lightning_proxy.exchange.messages import Message
     from lightning_proxy.store import Reward, Span, Store
 
 
@@ -126,7 +126,9 @@ def _counts(reward: Reward, counting: Container[int | None]) -> str | None:
 
 
 def _shown(demonstration: str | Mapping[str, Any]) -> str:
-    return demonstration if isinstance(demonstration, str) else _said(demonstration)
+    from lightning_proxy.exchange.messages import chat_message
+
+    return demonstration if isinstance(demonstration, str) else _said(chat_message(dict(demonstration)))
 
 
 def _rewarded(reward: Reward) -> str:
@@ -250,32 +252,16 @@ def _show_span(span: Span) -> None:
 
 
 def _conversation(span: Span) -> Iterator[tuple[str, str]]:
-    """Who said what: the request's messages or prompt, then the reply of every choice."""
-    request = _parsed(span.request)
-    for message in request.get("messages") or ():
-        yield str(message.get("role")), _said(message)
-    if "prompt" in request:
-        yield "prompt", str(request["prompt"])
-    for choice in _parsed(span.response).get("choices") or ():
-        yield "reply", _said(choice["message"]) if "message" in choice else str(choice.get("text", ""))
+    """Who said what, in any of the APIs: the request's messages, then the reply of every choice."""
+    from lightning_proxy.exchange.messages import exchange_of
+
+    said = exchange_of(span)
+    for message in said.messages:
+        yield message.role, _said(message)
+    for reply in said.replies:
+        yield "reply", _said(reply.message)
 
 
-def _parsed(body: bytes | None) -> dict[str, Any]:
-    try:
-        value = json.loads(body or b"{}")
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _said(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    parts = (
-        [content]
-        if isinstance(content, str)
-        else [json.dumps(part, ensure_ascii=False) for part in content or ()]
-    )
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") or {}
-        parts.append(f"-> {function.get('name')}({function.get('arguments')})")
-    return "\n".join(part for part in parts if part)
+def _said(message: Message) -> str:
+    calls = [f"-> {call.name}({call.arguments})" for call in message.tool_calls]
+    return "\n".join(part for part in (message.content, message.parts, *calls) if part)

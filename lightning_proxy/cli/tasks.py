@@ -72,7 +72,7 @@ def tasks(
         print_json({"tasks": [_flat(each) for each in found]})
         return
     print_table(
-        ("TASK", "STATE", "ROUND", "TO DO", "RUNNING", "SUCCEEDED", "FAILED", "SUCCESS", "REWARD", "SKIPPED"),
+        ("TASK", "STATE", "ROUND", "TO DO", "RUNNING", "SUCCEEDED", "FAILED", "SOLVED", "REWARD", "SKIPPED"),
         [_row(each) for each in found],
     )
 

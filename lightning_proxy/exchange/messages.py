@@ -103,7 +103,11 @@ def replies_of(response: Json) -> Iterator[Reply]:
     if "choices" in response:
         for choice in response["choices"]:
             message = choice.get("message")
-            said = Message(ASSISTANT, str(choice.get("text") or "")) if message is None else _chat(message)
+            said = (
+                Message(ASSISTANT, str(choice.get("text") or ""))
+                if message is None
+                else chat_message(message)
+            )
             yield Reply(said, choice.get("finish_reason"))
     elif "output" in response:
         details = response.get("incomplete_details") or {}
@@ -147,10 +151,11 @@ def to_json(value: Any) -> str:
 
 def _chat_request(request: Json) -> Iterator[Message]:
     for message in request.get("messages") or ():
-        yield _chat(message)
+        yield chat_message(message)
 
 
-def _chat(message: Json) -> Message:
+def chat_message(message: Json) -> Message:
+    """A message of Chat Completions. Raises what a message of another shape raises."""
     role = str(message.get("role") or ASSISTANT)
     calls = [
         _call(call.get("id"), call.get("function") or call.get("custom") or {})

@@ -262,6 +262,40 @@ def test_spans_are_listed_with_their_token_counts(db: Path) -> None:
     assert "request" not in heads[0]
 
 
+@pytest.mark.parametrize(
+    ("wire", "request_", "response", "shown"),
+    [
+        (
+            "messages",
+            {
+                "system": "Be brief.",
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+            },
+            {"content": [{"type": "text", "text": "ho"}]},
+            ["[system] Be brief.", "[user] hi", "[reply] ho"],
+        ),
+        (
+            "responses",
+            {"instructions": "Be brief.", "input": "hi"},
+            {"output": [{"type": "function_call", "call_id": "c", "name": "sql", "arguments": "{}"}]},
+            ["[system] Be brief.", "[user] hi", "[reply] -> sql({})"],
+        ),
+    ],
+)
+def test_a_span_of_any_api_shows_who_said_what(
+    db: Path, wire: str, request_: dict[str, Any], response: dict[str, Any], shown: list[str]
+) -> None:
+    with Store.open(db) as store:
+        span = next(span for span in store.list_spans() if span.generations)
+        bodies: dict[str, Any] = {
+            "request": json.dumps(request_).encode(),
+            "response": json.dumps(response).encode(),
+        }
+        span_id = store.add_span(replace(span, span_id=None, response_id=None, wire=wire, **bodies))
+    text = ok("spans", str(span_id))
+    assert [line for line in shown if line not in text] == []
+
+
 def test_one_span_shows_messages_reply_and_tokens(db: Path) -> None:
     text = ok("spans", "1")
     assert "tokens: 3 read, 2 written, 2 logprobs; fidelity exact" in text
