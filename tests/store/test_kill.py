@@ -6,8 +6,12 @@ import random
 import time
 from pathlib import Path
 
+import pytest
+
 from lightning_proxy.store import Store
 from tests.store.support import start_script
+
+pytestmark = pytest.mark.drill
 
 _ROUNDS = 4
 
@@ -16,8 +20,6 @@ import asyncio, os, sys
 from array import array
 from lightning_proxy.store import Generation, Writer
 from tests.store.support import make_span
-
-pytestmark = pytest.mark.drill
 
 async def agent(writer, run, number):
     for call in range(1_000_000):
