@@ -59,7 +59,9 @@ class Pass:
     def __init__(self, settings: Settings, store: Store, progress: Progress) -> None:
         self.settings = settings
         self.store = store
-        store.rule = RewardRule(settings.reward_weights, late=settings.train.late_rewards == "retrain")
+        store.rule = RewardRule(
+            settings.reward_weights, settings.train.late_rewards == "retrain", settings.reward_roles
+        )
         self.progress = progress
         self.policy = settings.policy.name
         self.clock = Stopwatch()
