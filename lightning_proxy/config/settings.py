@@ -563,10 +563,10 @@ class Settings(Table):
 
     @model_validator(mode="after")
     def _rewards_of_roles_need_groups_by_role(self) -> Self:
-        if (own := next(filter(lambda reward: reward.roles, self.rewards), None)) is not None:
+        for name, roles in self.reward_roles.items():
             if not self.train.group_by_role:
                 raise ValueError(
-                    f"the reward {own.name!r} is for the roles {', '.join(own.roles)} only, which needs "
+                    f"the reward {name!r} is for the roles {', '.join(roles)} only, which needs "
                     "train.group_by_role = true: else all roles have the same return"
                 )
         return self

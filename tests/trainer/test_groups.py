@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from lightning_proxy.errors import TrainingError
-from lightning_proxy.store import Companion
 from lightning_proxy.trainer.advantages import Returns, assign
-from lightning_proxy.trainer.credit import identical
+from lightning_proxy.trainer.credit import IDENTICAL
 from lightning_proxy.trainer.groups import BY_PROMPT, BY_TASK, Grouping, form_groups
 from lightning_proxy.trainer.transitions import LeftOut, Reason, TrainableRollout, Transition
 
@@ -79,10 +78,6 @@ def test_a_group_whose_returns_are_all_equal_is_left_out_and_counted() -> None:
     assert left_out.rollouts == {Reason.GROUP_ALL_EQUAL: 2}
 
 
-def test_identical_credit_gives_every_transition_the_whole_return() -> None:
-    assert [each.credit for each in identical(rollout("a", 0.75, calls=3))] == [0.75, 0.75, 0.75]
-
-
 def centred(credits_R: Returns, groups_R: Sequence[int], lengths_R: Sequence[int]) -> Returns:
     assert groups_R == [0, 0, 1, 1]
     return np.asarray(credits_R - credits_R.mean())
@@ -92,7 +87,7 @@ def test_a_rollout_counts_once_in_its_group_however_many_calls_it_made() -> None
     grouping, _ = group(
         rollout("a", 1, "x", calls=9), rollout("b", 0, "x"), rollout("c", 3, "y"), rollout("d", 0, "y")
     )
-    done = assign(grouping.groups, credit=identical, estimator=centred)
+    done = assign(grouping.groups, credit=IDENTICAL, estimator=centred)
     assert [each.transitions[0].advantage for each in done] == [0.0, -1.0, 2.0, -1.0]
     assert {each.advantage for each in done[0].transitions} == {0.0}
     assert {each.credit for each in done[0].transitions} == {1.0}
@@ -110,7 +105,9 @@ def grpo(credits_R: Returns, groups_R: Sequence[int], lengths_R: Sequence[int]) 
 
 def again(name: str, value: float, **companions: float) -> TrainableRollout:
     """A rollout that comes back after a late reward, with what it was compared with."""
-    others = tuple(Companion(*each) for each in companions.items())
+    others = tuple(
+        TrainableRollout(other, None, theirs, (), baseline_only=True) for other, theirs in companions.items()
+    )
     return replace(rollout(name, value, "x"), again=True, companions=others)
 
 
@@ -121,7 +118,7 @@ def test_a_rollout_that_comes_again_is_compared_with_its_former_group_which_is_n
     assert members(grouping) == [["a", "b", "c", "d"], ["e", "f"]]
     assert [each.rollout_id for each in grouping.trained] == ["a", "e", "f"]
     assert left_out.rollouts == {}
-    done = assign(grouping.groups, credit=identical, estimator=grpo)
+    done = assign(grouping.groups, credit=IDENTICAL, estimator=grpo)
     assert [each.rollout_id for each in done] == ["a", "e", "f"]
     expected = (1.0 - 0.5) / (np.std([1.0, 0.0, 0.0, 1.0], ddof=1) + 1e-6)
     assert done[0].transitions[0].advantage == pytest.approx(expected)
@@ -133,7 +130,7 @@ def test_companions_that_are_here_themselves_count_once_and_as_they_are() -> Non
         again("a", 1.0, b=0.75, c=0.0), again("b", 0.75, a=1.0, c=0.0), rollout("g", 0.25, "x")
     )
     assert members(grouping) == [["a", "b", "g", "c"]]
-    done = assign(grouping.groups, credit=identical, estimator=grpo)
+    done = assign(grouping.groups, credit=IDENTICAL, estimator=grpo)
     returns = np.array([1.0, 0.75, 0.25, 0.0])
     expected = (returns - returns.mean()) / (returns.std(ddof=1) + 1e-6)
     assert [each.transitions[0].advantage for each in done] == pytest.approx(list(expected[:3]))
@@ -154,4 +151,4 @@ def test_a_rollout_that_comes_again_without_a_group_waits_and_is_not_lost() -> N
 def test_an_estimator_that_gives_no_number_is_an_error() -> None:
     grouping, _ = group(rollout("a", 1), rollout("b", 0))
     with pytest.raises(TrainingError, match="not finite"):
-        assign(grouping.groups, credit=identical, estimator=lambda credits_R, *_: credits_R * np.nan)
+        assign(grouping.groups, credit=IDENTICAL, estimator=lambda credits_R, *_: credits_R * np.nan)
