@@ -47,7 +47,7 @@ class CreditSettings(Table):
     def _discount_has_an_effect(self) -> Self:
         if self.credit == "identical" and self.discount != 1:
             raise ValueError(
-                f"train.discount is {self.discount} but train.credit is 'identical', which does not discount: "
+                f"train.discount is {self.discount} but train.credit is 'identical', which has none: "
                 "set train.credit to 'discounted' or 'return_to_go', or leave discount at 1"
             )
         return self

@@ -54,15 +54,19 @@ def advice(report: TrainReport, *, unrewarded: int = 0) -> str | None:
     if reason == Reason.NO_TRANSITION and calls:
         return _of_calls(calls)
     if reason.startswith("failure_"):
-        return f"most rollouts were dropped for the failure {_class(reason)}: `lightning-proxy rollouts --failed`"
+        return (
+            f"most rollouts were dropped for the failure {_class(reason)}: "
+            "`lightning-proxy rollouts --failed` shows examples"
+        )
     return _NO_ROLLOUTS.get(reason)
 
 
 def _of_calls(calls: Mapping[str, int]) -> str:
     reason = _most(calls)
     which = "all calls" if len(calls) == 1 else f"most calls ({calls[reason]} of {sum(calls.values())})"
-    masked = f"were masked for the failure {_class(reason)}, as [failures] training says"
-    return f"{which} {_NO_CALLS.get(reason, masked)}"
+    if reason.startswith("failure_"):
+        return f"{which} were masked for the failure {_class(reason)}, as [failures] training says"
+    return f"{which} {_NO_CALLS.get(reason, 'were left out: ' + reason.replace('_', ' '))}"
 
 
 def _most(counts: Mapping[str, int]) -> str:

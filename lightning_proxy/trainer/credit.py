@@ -1,26 +1,27 @@
 """Credit assignment: what each call is credited with of its rollout's return, and what is compared.
 
-A rollout of ``T`` calls, ``t = 0 .. T-1`` in order of their start, has the return ``R``, the sum of what it was
-paid. ``r_t`` is what it was paid at call ``t``: the rewards for that call, and at the last call those for
+A rollout of ``T`` calls, ``t = 0 .. T-1`` in order of their start, has the return ``R``, the sum of what it
+was paid. ``r_t`` is what it was paid at call ``t``: the rewards for that call, and at the last call those for
 the rollout or the attempt as a whole. What is paid for a call that is not the policy's is paid at the
 policy's call before it. So the ``r_t`` add up to ``R``.
 
 ``identical``: ``c_t = R``. LightningRL as published (arXiv 2508.03680): all calls share in the outcome alike.
 
 ``discounted``: ``c_t = gamma^(T-1-t) R``: the discounted return of a reward at the end (Sutton and Barto,
-Reinforcement Learning, equation 3.8), with ``R`` in its place whatever it was paid for. The baseline is that of
-``R``, once per rollout, and the advantage takes the same factor: ``A_t = gamma^(T-1-t) A(R)``. A factor that
-depends on ``t`` and ``T`` alone makes earlier calls learn less; it is *not* an estimate of their own worth.
+Reinforcement Learning, second edition, equation 3.8), with ``R`` in its place whatever it was paid for. The
+baseline is that of ``R``, once per rollout, and the advantage takes the same factor:
+``A_t = gamma^(T-1-t) A(R)``. By that earlier calls learn less; it is *not* an estimate of their own worth.
 
-``return_to_go``: ``c_t = G_t = sum over k >= t of gamma^(k-t) r_k`` (the same equation): what was earned before
-a call is no credit of that call. ``G_t`` is compared with that of the same step of the others of the group.
+``return_to_go``: ``c_t = G_t = sum over k >= t of gamma^(k-t) r_k`` (the same equation): what was earned
+before a call is no credit of that call. ``G_t`` is compared with that of the same step of the others of the
+group.
 
 Next to it, and not the same: process-supervised GRPO (arXiv 2402.03300, section 4.1.3) normalises the
 ``r_k`` of all steps together and adds up what follows; here they are added up first, and compared step by
-step. GiGPO (arXiv 2505.10978) compares returns-to-go of steps with the same state of the environment, and adds
-an advantage of the episode; here steps are told by their number alone, which is no state, and nothing is
-added. With rewards at the end only and ``gamma = 1`` every ``G_t`` is ``R``, compared among the rollouts that
-came as far.
+step. GiGPO (arXiv 2505.10978) compares returns-to-go of steps with the same state of the environment, and
+adds an advantage of the episode; here steps are told by their number alone, which is no state, and nothing
+is added. With rewards at the end only and ``gamma = 1`` every ``G_t`` is ``R``, compared among the rollouts
+that came as far.
 
 With ``by_role`` a role's calls have the return of that role, the sum of the payments that go to it, and
 are compared with that role's calls only: ``t`` stays the number among all calls, which discounting goes by;
