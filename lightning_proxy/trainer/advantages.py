@@ -129,8 +129,8 @@ def _assigned(
     rollout: TrainableRollout, credit: Credit, found: Mapping[tuple[str, Place], tuple[float, float]]
 ) -> TrainableRollout:
     transitions = []
-    for each in rollout.transitions:
-        value, advantage = found[rollout.rollout_id, credit.place_of(rollout, each)]
+    for each, place in zip(rollout.transitions, credit.places_of(rollout), strict=True):
+        value, advantage = found[rollout.rollout_id, place]
         factor = credit.factor_of(rollout, each)
         transitions.append(replace(each, credit=value * factor, advantage=advantage * factor))
     return replace(rollout, transitions=tuple(transitions))
@@ -141,8 +141,8 @@ def _lengths(groups: Sequence[Sequence[TrainableRollout]], credit: Credit) -> Ma
     lengths: dict[tuple[str, Place], int] = {}
     for members in groups:
         for rollout in members:
-            for each in rollout.transitions:
-                key = rollout.rollout_id, credit.place_of(rollout, each)
+            for each, place in zip(rollout.transitions, credit.places_of(rollout), strict=True):
+                key = rollout.rollout_id, place
                 lengths[key] = lengths.get(key, 0) + len(each.response_ids)
     return lengths
 

@@ -30,7 +30,8 @@ steps are counted, and compared, within the role.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -76,13 +77,17 @@ class Credit:
                 found |= self._steps(rollout, role, paid)
         return found
 
-    def place_of(self, rollout: TrainableRollout, transition: Transition) -> Place:
-        """Where a transition of the rollout belongs."""
-        role = transition.role if self.by_role else None
+    def places_of(self, rollout: TrainableRollout) -> list[Place]:
+        """Where each transition of the rollout belongs."""
         if not self.by_step:
-            return Place(role)
-        before = rollout.steps[: transition.step]
-        return Place(role, sum(not self.by_role or step.role == role for step in before))
+            return [Place(each.role if self.by_role else None) for each in rollout.transitions]
+        at: list[Place] = []
+        so_far: Counter[str | None] = Counter()
+        for step in rollout.steps:
+            role = step.role if self.by_role else None
+            at.append(Place(role, so_far[role]))
+            so_far[role] += 1
+        return [at[each.step] for each in rollout.transitions]
 
     def factor_of(self, rollout: TrainableRollout, transition: Transition) -> float:
         """What the credit and the advantage of its place are multiplied by for this transition."""
@@ -93,15 +98,15 @@ class Credit:
         return tuple(each for each in rollout.payments if not self.by_role or each.goes_to(role))
 
     def _steps(
-        self, rollout: TrainableRollout, role: str | None, paid: Iterable[Payment]
+        self, rollout: TrainableRollout, role: str | None, paid: Sequence[Payment]
     ) -> dict[Place, float]:
         rewards_T = [0.0] * len(rollout.steps)
-        for payment in paid:
-            rewards_T[rollout.step_paid(payment)] += payment.value
+        for payment, step in zip(paid, rollout.steps_paid(paid), strict=True):
+            rewards_T[step] += payment.value
         own = [
             value
-            for value, step in zip(returns_to_go(rewards_T, self.discount), rollout.steps, strict=True)
-            if not self.by_role or step.role == role
+            for value, call in zip(returns_to_go(rewards_T, self.discount), rollout.steps, strict=True)
+            if not self.by_role or call.role == role
         ]
         return {Place(role, number): value for number, value in enumerate(own)}
 

@@ -167,8 +167,7 @@ def _by_group(
 def _places(rollout: TrainableRollout, credit: Credit) -> list[Place | None]:
     """Where each transition of the rollout belongs; ``None`` where its role has no return."""
     own = credit.credits_of(rollout)
-    places = (credit.place_of(rollout, each) for each in rollout.transitions)
-    return [place if place in own else None for place in places]
+    return [place if place in own else None for place in credit.places_of(rollout)]
 
 
 def _with_comparison(

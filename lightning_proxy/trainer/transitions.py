@@ -133,15 +133,18 @@ class TrainableRollout:
         """The advantages that its transitions have, each once."""
         return tuple(dict.fromkeys(each.advantage for each in self.transitions if each.advantage is not None))
 
-    def step_paid(self, payment: Payment) -> int:
-        """The step at which a payment is made: see ``credit``. The last, where it is for no call."""
-        if payment.span_id is None:
-            return len(self.steps) - 1
-        ids = [step.span_id for step in self.steps]
-        if payment.span_id in ids:
-            return ids.index(payment.span_id)
-        earlier = [place for place, span_id in enumerate(ids) if span_id and span_id < payment.span_id]
-        return earlier[-1] if earlier else 0
+    def steps_paid(self, payments: Sequence[Payment]) -> list[int]:
+        """The step at which each payment is made: see ``credit``. The last, where it is for no call."""
+        at = {step.span_id: place for place, step in enumerate(self.steps)}
+
+        def step_of(span_id: int | None) -> int:
+            if span_id is None:
+                return len(self.steps) - 1
+            if span_id in at:
+                return at[span_id]
+            return max((place for known, place in at.items() if known and known < span_id), default=0)
+
+        return [step_of(each.span_id) for each in payments]
 
     @property
     def trained_tokens(self) -> int:
