@@ -122,6 +122,9 @@ def _print_report(report: TrainReport, as_json: bool) -> None:
         print_json(report.as_dict())
         return
     typer.echo(f"{report.outcome.value}: {report.message}")
+    for what, methods in report.groups.items():
+        by = ", ".join(f"{n} by {method}" for method, n in methods.items())
+        typer.echo(f"  groups {what.replace('_', ' ')}: {by}")
     for what, reasons in report.left_out.items():
         if reasons:
             typer.echo(f"  {what} left out: " + ", ".join(f"{n} {reason}" for reason, n in reasons.items()))

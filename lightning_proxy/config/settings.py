@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lightning_proxy.config.consequences import consequence_of
+from lightning_proxy.config.credit import CreditSettings
+from lightning_proxy.config.table import Table
 
 
 def is_loopback(host: str) -> bool:
@@ -48,11 +50,7 @@ BaseUrl = Annotated[str, AfterValidator(_base_url)]
 RootUrl = Annotated[str, AfterValidator(_root_url)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class ProxySettings(_Table):
+class ProxySettings(Table):
     """The proxy: where it listens, where it forwards to, what it captures."""
 
     host: str = Field(
@@ -110,7 +108,7 @@ class ProxySettings(_Table):
         return self
 
 
-class UpstreamSettings(_Table):
+class UpstreamSettings(Table):
     """A further endpoint, for the models that it names.
 
     The first in the file whose `models` fit a call's model takes it; what fits none goes to
@@ -148,7 +146,7 @@ class UpstreamSettings(_Table):
         return self
 
 
-class StoreSettings(_Table):
+class StoreSettings(Table):
     """The database."""
 
     db: Path = Field(default=Path("lightning.db"), description="SQLite file; made on first use.")
@@ -168,7 +166,7 @@ class StoreSettings(_Table):
     )
 
 
-class PolicySettings(_Table):
+class PolicySettings(Table):
     """The model that learns."""
 
     name: str = Field(
@@ -181,7 +179,7 @@ class PolicySettings(_Table):
     )
 
 
-class EngineSettings(_Table):
+class EngineSettings(Table):
     """vLLM, where `serve --model` starts it."""
 
     args: tuple[str, ...] = Field(default=(), description="Further arguments for vLLM's OpenAI server.")
@@ -195,7 +193,7 @@ class EngineSettings(_Table):
     )
 
 
-class TrainSettings(_Table):
+class TrainSettings(CreditSettings):
     """The trainer."""
 
     proxy_url: RootUrl = Field(
@@ -307,7 +305,7 @@ class TrainSettings(_Table):
         return self
 
 
-class GuardSettings(_Table):
+class GuardSettings(Table):
     """When a training run stops instead of publishing. Collapse goes one way: better not to begin."""
 
     max_kl: float = Field(
@@ -343,7 +341,7 @@ class GuardSettings(_Table):
     )
 
 
-class FailureSettings(_Table):
+class FailureSettings(Table):
     """What counts as a failure beyond what protocols say, and what training makes of each class."""
 
     tool_error_patterns: tuple[str, ...] = Field(
@@ -397,7 +395,7 @@ class FailureSettings(_Table):
         return training
 
 
-class RoleSettings(_Table):
+class RoleSettings(Table):
     """One agent of a multi-agent system, by what it sends. All that is given here must hold.
 
     The first role in the file that fits a call is its role, unless path or header name one.
@@ -426,7 +424,7 @@ class RoleSettings(_Table):
         return self
 
 
-class RewardSettings(_Table):
+class RewardSettings(Table):
     """A reward that counts otherwise than as it is: by its name.
 
     A rollout's return is the sum of its rewards, each times its weight, and with the sign turned where less
@@ -443,9 +441,13 @@ class RewardSettings(_Table):
     direction: Literal["maximize", "minimize"] = Field(
         default="maximize", description="Whether more of it is better, or less."
     )
+    roles: tuple[str, ...] = Field(
+        default=(),
+        description="Roles whose return it is part of, with `train.group_by_role`; none named: all.",
+    )
 
 
-class AutomaticRewardSettings(_Table):
+class AutomaticRewardSettings(Table):
     """Rewards from what is in the traffic already, entered into the ledger when `train` begins.
 
     All are off by default. They are entered for a rollout that has ended, has been rewarded, or has been
@@ -484,7 +486,7 @@ class AutomaticRewardSettings(_Table):
     )
 
 
-class ExplorationSettings(_Table):
+class ExplorationSettings(Table):
     """Rollouts that are sampled at a temperature of ours, for agents that run at 0 and so never explore.
 
     The first entry whose `role` fits decides. Spans say so (`sampling.explored`); only calls to the
@@ -496,7 +498,7 @@ class ExplorationSettings(_Table):
     share: float = Field(default=1.0, gt=0, le=1, description="Share of rollouts that explore.")
 
 
-class RedactionSettings(_Table):
+class RedactionSettings(Table):
     """What must not be kept. It is taken out of each span before it is written; agent and engine get all.
 
     A rule has a `pattern` or a `builtin`, which is searched in all texts, or a `path`, whose values are
@@ -534,7 +536,7 @@ class RedactionSettings(_Table):
         return self
 
 
-class Settings(_Table):
+class Settings(Table):
     """All tables of ``lightning.toml``."""
 
     proxy: ProxySettings = ProxySettings()
@@ -558,6 +560,21 @@ class Settings(_Table):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"the reward {twice[0]!r} has two entries: keep one")
         return rewards
+
+    @model_validator(mode="after")
+    def _rewards_of_roles_need_groups_by_role(self) -> Self:
+        for name, roles in self.reward_roles.items():
+            if not self.train.group_by_role:
+                raise ValueError(
+                    f"the reward {name!r} is for the roles {', '.join(roles)} only, which needs "
+                    "train.group_by_role = true: else all roles have the same return"
+                )
+        return self
+
+    @property
+    def reward_roles(self) -> dict[str, tuple[str, ...]]:
+        """The roles that a reward is for, by its name, where it is not for all."""
+        return {reward.name: reward.roles for reward in self.rewards if reward.roles}
 
     @property
     def reward_weights(self) -> dict[str, float]:

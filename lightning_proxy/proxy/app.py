@@ -230,7 +230,9 @@ def open_store(settings: Settings) -> Store:
         synchronous=settings.store.synchronous,
         busy_timeout_s=settings.store.busy_timeout_s,
     )
-    store.rule = RewardRule(settings.reward_weights, late=settings.train.late_rewards == "retrain")
+    store.rule = RewardRule(
+        settings.reward_weights, settings.train.late_rewards == "retrain", settings.reward_roles
+    )
     return store
 
 

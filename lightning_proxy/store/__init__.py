@@ -57,7 +57,7 @@ from lightning_proxy.store.records import (
     TrainingRun,
     VersionStatus,
 )
-from lightning_proxy.store.returns import RewardRule
+from lightning_proxy.store.returns import Payment, RewardRule, add_up
 from lightning_proxy.store.store import Store
 from lightning_proxy.store.task_records import (
     Assignment,
@@ -90,6 +90,7 @@ __all__ = [
     "KeyOwner",
     "LeaseState",
     "NewTask",
+    "Payment",
     "PolicyVersion",
     "PoolProgress",
     "Prefer",
@@ -110,6 +111,7 @@ __all__ = [
     "Unjudged",
     "VersionStatus",
     "Writer",
+    "add_up",
     "as_json",
     "failed_by_infrastructure",
     "last_call",

@@ -247,10 +247,14 @@ class TrainingRun:
 
 @dataclass(frozen=True, slots=True)
 class Companion:
-    """A rollout that an earlier run compared with another one, and its return now."""
+    """A rollout that an earlier run trained on, to compare others with, and its return now."""
 
     rollout_id: str
     value: float
+    # What the return is made of: the rewards that count, and the calls to the policy that ended well, in
+    # order of start, each with its role.
+    rewards: tuple[Reward, ...] = field(default=(), compare=False)
+    calls: tuple[tuple[int, str | None], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

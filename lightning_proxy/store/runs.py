@@ -73,12 +73,23 @@ _UNREWARDED = f"SELECT count(*) {OF_POLICY} AND c.run_id IS NULL AND NOT {REWARD
 _CONSUME = """
 INSERT INTO consumptions (run_id, rollout_id, attempt, last_reward_id)
 VALUES (?, ?, ?, (SELECT max(reward_id) FROM rewards WHERE rollout_id = ?)) RETURNING last_reward_id"""
+# Of a running baseline (`recent_members`) nobody is a companion for good.
 _COMPANIONS = """
 SELECT other.rollout_id, max(other.attempt) AS attempt
 FROM consumptions AS mine JOIN training_runs AS t USING (run_id)
 JOIN consumptions AS other ON other.run_id = mine.run_id AND other.group_key = mine.group_key
 WHERE mine.rollout_id = ? AND t.policy = ? AND t.state = 'committed' AND other.rollout_id <> mine.rollout_id
+  AND mine.group_key NOT LIKE 'running:%'
 GROUP BY other.rollout_id"""
+# Newest runs first: the index over (run_id, group_key) finds what each of them has, and the first rows
+# are all that is read.
+_RECENT = """
+SELECT c.rollout_id, c.attempt FROM training_runs AS t CROSS JOIN consumptions AS c
+ON c.run_id = t.run_id AND c.group_key = ?
+WHERE t.policy = ? AND t.state = 'committed' ORDER BY t.run_id DESC, c.rollout_id"""
+_CALLS = """
+SELECT span_id, role FROM spans
+WHERE rollout_id = ? AND attempt = ? AND policy = ? AND error_class IS NULL ORDER BY started_at, span_id"""
 _SPANS_OF = """
 SELECT count(*) FROM json_each(?) AS ready JOIN spans AS s
 ON s.rollout_id = ready.value ->> 0 AND s.attempt = ready.value ->> 1 AND s.policy = ?"""
@@ -277,13 +288,34 @@ class Runs(Rewards, Policies):
             companions=tuple(self._companions(policy, ready.rollout_id)) if ready.again else (),
         )
 
+    def recent_members(self, policy: str, group_key: str, limit: int) -> list[Companion]:
+        """The rollouts that committed runs trained on last in this group, newest run first, each once."""
+        found: dict[str, Companion] = {}
+        for row in self.each(_RECENT, (group_key, policy)):
+            if len(found) >= limit:
+                break
+            if row["rollout_id"] not in found and (companion := self._companion(policy, row)) is not None:
+                found[companion.rollout_id] = companion
+        return list(found.values())
+
     def _companions(self, policy: str, rollout_id: str) -> Iterator[Companion]:
         """Those that committed runs compared with this rollout, with their returns as they are now."""
         for row in self.rows(_COMPANIONS, (rollout_id, policy)):
-            rewards = self.counting_rewards_of_attempt(row["rollout_id"], row["attempt"])
-            value = self.rule.return_of(rewards)
-            if value is not None:
-                yield Companion(row["rollout_id"], value)
+            if (companion := self._companion(policy, row)) is not None:
+                yield companion
+
+    def _companion(self, policy: str, row: sqlite3.Row) -> Companion | None:
+        rewards = self.counting_rewards_of_attempt(row["rollout_id"], row["attempt"])
+        value = self.rule.return_of(rewards)
+        if value is None:
+            return None
+        calls = self.rows(_CALLS, (row["rollout_id"], row["attempt"], policy))
+        return Companion(
+            row["rollout_id"],
+            value,
+            rewards,
+            tuple((call["span_id"], call["role"]) for call in calls),
+        )
 
 
 def _run_from(row: sqlite3.Row) -> TrainingRun:

@@ -7,9 +7,10 @@ the data goes:
 ``automatic``     rewards from the traffic itself, by ``findings`` and by the user's function (``judged``)
 ``transitions``   a recorded rollout -> one transition per generation; what is left out, counted
 ``failures``      what failures do: rollouts dropped, calls masked, scaled or penalised
-``groups``        which rollouts are compared with one another (GRPO's group)
+``groups``        which rollouts are compared with one another (GRPO's group); ``prompts``: by a prompt's text
 ``credit``        what each transition is credited with of its rollout's return
-``advantages``    credit relative to the group, once per rollout
+``advantages``    credit relative to the group, once per rollout or per step
+``advice``        what to say where there is nothing to learn from
 ``trajectories``  transitions that extend one another, merged into one row by their token ids
 ``drift``         how prompts go on from what was generated before, counted
 ``sampling``      what a response was really sampled from

@@ -28,6 +28,7 @@ from lightning_proxy.store import (
     INFRASTRUCTURE,
     ErrorClass,
     Finding,
+    Payment,
     RecordedRollout,
     RolloutState,
     Span,
@@ -72,7 +73,7 @@ class Verdict:
     masked: Mapping[int | None, ErrorClass] = field(default_factory=dict)  # span id -> for what
     parts: Mapping[int | None, float] = field(default_factory=dict)  # span id -> part of its credit
     everywhere: float = 1.0  # part of the credit of all calls
-    penalty: float = 0.0
+    penalties: tuple[Payment, ...] = ()
 
 
 class Consequences:
@@ -135,7 +136,8 @@ class Consequences:
         """Masks, parts and penalties."""
         masked: dict[int | None, ErrorClass] = {}
         parts: dict[int | None, float] = {}
-        penalty, everywhere = 0.0, 1.0
+        penalties: list[Payment] = []
+        everywhere = 1.0
         for position, classes in counting.items():
             span = spans[position]
             for each in dict.fromkeys(classes):  # once per call, however often it is in it
@@ -146,25 +148,29 @@ class Consequences:
                     parts[span.span_id] = parts.get(span.span_id, 1.0) * consequence.number
                     self.counts.partial[each.value] += 1
                 elif consequence.kind is Kind.PENALTY:
-                    penalty += consequence.number
+                    penalties.append(Payment(consequence.number, span.span_id))
                     self.counts.penalised[each.value] += 1
         if failed_by is not None:
             consequence = self._consequence(failed_by)
             with_it = [spans[position] for position, classes in counting.items() if failed_by in classes]
             if consequence.kind is Kind.PENALTY and not with_it:
-                penalty += consequence.number
+                penalties.append(Payment(consequence.number))
                 self.counts.penalised[failed_by.value] += 1
             elif consequence.kind is Kind.PARTIAL and all(span.error_class is not None for span in with_it):
                 everywhere = consequence.number
                 self.counts.partial[failed_by.value] += len(spans)
-        return Verdict(None, masked, parts, everywhere, penalty)
+        return Verdict(None, masked, parts, everywhere, tuple(penalties))
 
     def _consequence(self, error_class: ErrorClass) -> Consequence:
         return self._of.get(error_class, _TRAIN)
 
     def _applied(self, rollout: TrainableRollout, verdict: Verdict) -> TrainableRollout | None:
-        if verdict.penalty:
-            rollout = replace(rollout, value=rollout.value + verdict.penalty)
+        if verdict.penalties:
+            rollout = replace(
+                rollout,
+                value=rollout.value + sum(penalty.value for penalty in verdict.penalties),
+                payments=(*rollout.payments, *verdict.penalties),
+            )
         for span_id in dict.fromkeys(each.span_id for each in rollout.transitions):
             if (why := verdict.masked.get(span_id)) is not None:
                 self.counts.masked[why.value] += 1

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from lightning_proxy.config.settings import Settings
-from lightning_proxy.store import PolicyVersion, RecordedRollout
+from lightning_proxy.store import Companion, PolicyVersion, RecordedRollout, RewardRule
+from lightning_proxy.trainer.credit import Credit
 from lightning_proxy.trainer.drift import drifts
 from lightning_proxy.trainer.failures import Consequences, FailureCounts
-from lightning_proxy.trainer.groups import Grouping, form_groups
+from lightning_proxy.trainer.groups import Grouping, form_groups, groups_of_recorded
 from lightning_proxy.trainer.guard import Look
 from lightning_proxy.trainer.sampling import engine_defaults
 from lightning_proxy.trainer.transitions import (
@@ -25,6 +26,7 @@ from lightning_proxy.trainer.transitions import (
     Terms,
     TrainableRollout,
     Transition,
+    to_compare_with,
     trainable_rollouts,
 )
 
@@ -56,6 +58,7 @@ class Grouped:
                 "again": sum(rollout.again for rollout in trained),
                 "baseline_only": sum(map(len, self.grouping.groups)) - len(trained),
             },
+            "groups": self.grouping.counts.as_dict(),
             "left_out": self.left_out.as_dict(),
             "failures": self.failures.as_dict(),
             "drift": _by_name(drifts(transitions)),
@@ -67,20 +70,37 @@ class Grouped:
         }
 
 
-def grouped(recorded: Sequence[RecordedRollout], settings: Settings, parent: PolicyVersion | None) -> Grouped:
+def grouped(
+    recorded: Sequence[RecordedRollout],
+    settings: Settings,
+    parent: PolicyVersion | None,
+    recent: Callable[[str], Iterable[Companion]],
+) -> Grouped:
     """The rollouts that can be trained on, in groups; every other one is counted.
 
     What failed by no fault of the policy is dropped first, so that groups never hold it against anybody.
-    ``parent``: the version whose weights the update begins with, where that is known.
+    ``parent``: the version whose weights the update begins with, where that is known. ``recent``: who was
+    last trained on in a group of this key, for running baselines.
     """
-    train = settings.train
+    train, terms = settings.train, _terms(settings, parent)
     left_out = LeftOut()
     consequences = Consequences(settings.failures.training, settings.policy.name, left_out)
-    rollouts = trainable_rollouts(consequences.keep(recorded), _terms(settings, parent), left_out)
+    rollouts = trainable_rollouts(consequences.keep(recorded), terms, left_out)
     rollouts = consequences.apply(rollouts)
     # A full drain must not be blocked for ever by groups that never grow.
     may_wait = len(recorded) < train.max_rollouts
-    grouping = form_groups(rollouts, min_size=train.min_group_size, may_wait=may_wait, left_out=left_out)
+    here = {rollout.rollout_id for rollout in rollouts}
+    grouping = form_groups(
+        rollouts,
+        min_size=train.min_group_size,
+        may_wait=may_wait,
+        left_out=left_out,
+        credit=credit_of(settings),
+        recent=(lambda key: [to_compare_with(each, terms) for each in recent(key)])
+        if train.running_baseline
+        else None,
+        lost=groups_of_recorded((each for each in recorded if each.rollout.rollout_id not in here), terms),
+    )
     values = [each.value for each in recorded if each.value is not None]
     return Grouped(
         grouping,
@@ -89,6 +109,12 @@ def grouped(recorded: Sequence[RecordedRollout], settings: Settings, parent: Pol
         float(np.mean(values)) if values else None,
         None if parent is None else _look(rollouts, parent.version),
     )
+
+
+def credit_of(settings: Settings) -> Credit:
+    """The credit assignment that the settings name."""
+    train = settings.train
+    return Credit(train.credit, train.discount, train.group_by_role)
 
 
 def _terms(settings: Settings, parent: PolicyVersion | None) -> Terms:
@@ -100,6 +126,8 @@ def _terms(settings: Settings, parent: PolicyVersion | None) -> Terms:
         version=None if parent is None else parent.version,
         oldest_version=0 if parent is None else parent.version - settings.train.max_version_age,
         sampling_defaults=engine_defaults(model),
+        rule=RewardRule(settings.reward_weights, roles=settings.reward_roles),
+        normalised_prompts=settings.train.group_prompts == "normalised",
     )
 
 

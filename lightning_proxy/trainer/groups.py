@@ -1,15 +1,69 @@
-"""Which rollouts are compared with one another: GRPO's groups (arXiv 2402.03300)."""
+"""Which rollouts are compared with one another: GRPO's groups (arXiv 2402.03300).
+
+By task id where there is one; else by the first prompt, to the token or normalised (``prompts``); else, for
+rollouts whose prompt nobody else has, by a running baseline.
+
+A running baseline is REINFORCE's (Williams 1992), as a group: the rollouts of this run and the last returns
+of earlier ones of the same key, which count as ``baseline_only``. The key is the role of the first call and
+``baseline_key`` of the rollout's metadata, where there is one; the policy is that of the run. As in every
+group of GRPO a rollout is part of its own mean, which shrinks the expected gradient by ``(n-1)/n`` for ``n``
+members: by 1/256 with a full window, by half for two. ``rloo`` leaves it out. The returns of earlier
+versions are a baseline too: it does not depend on the action, so it adds variance and no bias.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable, Mapping
+from array import array
+from collections import Counter
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lightning_proxy.trainer.transitions import Group, LeftOut, Reason, TrainableRollout
+from lightning_proxy.store import RecordedRollout
+from lightning_proxy.trainer.advantages import compare
+from lightning_proxy.trainer.credit import IDENTICAL, Credit, Place
+from lightning_proxy.trainer.prompts import normalised_prompt
+from lightning_proxy.trainer.transitions import (
+    Group,
+    LeftOut,
+    Reason,
+    Terms,
+    TrainableRollout,
+    steps_of,
+)
 
 BY_TASK = "task_id"
 BY_PROMPT = "first_prompt"
+BY_NORMALISED_PROMPT = "normalised_prompt"
+RUNNING = "running"  # the store knows this word: recent_members
+
+Recent = Callable[[str], Sequence[TrainableRollout]]  # the last members of a group, by its key in the store
+
+
+@dataclass(slots=True)
+class GroupCounts:
+    """Groups by what became of them, and of each by method; a group may be in two."""
+
+    trained: Counter[str] = field(default_factory=Counter)
+    lost_members: Counter[str] = field(default_factory=Counter)  # trained without some that were left out
+    of_one: Counter[str] = field(default_factory=Counter)  # nobody to compare with
+    too_small: Counter[str] = field(default_factory=Counter)  # those of one among them
+    all_equal: Counter[str] = field(default_factory=Counter)  # at every step and in every role
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        """``{"trained": {method: n}, ...}``, without what there was none of."""
+        counts = {
+            "trained": self.trained,
+            "lost_members": self.lost_members,
+            "of_one": self.of_one,
+            "too_small": self.too_small,
+            "all_equal": self.all_equal,
+        }
+        return {
+            name: {method: number for method, number in of.items() if number}
+            for name, of in counts.items()
+            if of.total()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +76,12 @@ class Grouping:
     groups: tuple[tuple[TrainableRollout, ...], ...]
     for_later: tuple[str, ...]
     keys: Mapping[str, str] = field(default_factory=dict)
-    all_equal: int = 0  # groups left out because their returns do not differ
+    counts: GroupCounts = field(default_factory=GroupCounts)
+
+    @property
+    def all_equal(self) -> int:
+        """Groups left out because their returns do not differ."""
+        return sum(self.counts.all_equal.values())
 
     @property
     def trained(self) -> list[TrainableRollout]:
@@ -31,56 +90,111 @@ class Grouping:
 
 
 def form_groups(
-    rollouts: Iterable[TrainableRollout], *, min_size: int, may_wait: bool, left_out: LeftOut
+    rollouts: Iterable[TrainableRollout],
+    *,
+    min_size: int,
+    may_wait: bool,
+    left_out: LeftOut,
+    credit: Credit = IDENTICAL,
+    recent: Recent | None = None,
+    lost: Container[Group] = (),
 ) -> Grouping:
     """Group the rollouts and record group and method on each transition.
 
     Groups smaller than ``min_size`` are for a later run, in which more of their task may have come;
-    with ``may_wait`` false they are left out for good. Groups whose returns are all equal are left
-    out: every advantage in them is 0. Both are counted in ``left_out``.
+    with ``may_wait`` false they are left out for good. With ``recent`` those that only their prompt held
+    together get a running baseline instead. Groups whose returns are all equal, at every step and in every
+    role that is compared, are left out: every advantage in them is 0. Both are counted in ``left_out``.
+    A group of which members were left out before (``lost``) is one of those that are there: its mean and
+    deviation are theirs.
 
     A rollout that comes again after a late reward has left its group behind, in runs that have trained on
     it. So the others of that group are members here too, with the returns that they have now and
     ``baseline_only``: they count in the group's size and statistics, and are not trained on again.
     """
-    members: dict[Group, list[TrainableRollout]] = {}
-    for rollout in rollouts:
-        group = group_of(rollout)
-        tagged = tuple(replace(transition, group=group) for transition in rollout.transitions)
-        members.setdefault(group, []).append(replace(rollout, transitions=tagged))
-    present = {rollout.rollout_id for group_members in members.values() for rollout in group_members}
+    members = _by_group(rollouts, min_size if recent else 0)
+    present = {rollout.rollout_id for of_group in members.values() for rollout in of_group}
     kept: list[tuple[TrainableRollout, ...]] = []
     for_later: list[str] = []
     keys: dict[str, str] = {}
-    all_equal = 0
-    for group, group_members in members.items():
-        everyone = (*group_members, *_baseline(group_members, present))
-        if len(everyone) < min_size:
-            left_out.rollouts[Reason.GROUP_TOO_SMALL] += len(group_members)
-            if may_wait:
-                for_later += [rollout.rollout_id for rollout in group_members]
-                continue
-        elif len({rollout.value for rollout in everyone}) == 1:
-            left_out.rollouts[Reason.GROUP_ALL_EQUAL] += len(group_members)
-            all_equal += 1
+    counts = GroupCounts()
+    for group, own in members.items():
+        if recent and group.method == RUNNING:
+            others = [each for each in recent(_key(group)) if each.rollout_id not in present]
         else:
-            kept.append(everyone)
-        keys |= {rollout.rollout_id: f"{group.method}:{group.key}" for rollout in group_members}
-    return Grouping(tuple(kept), tuple(for_later), keys, all_equal)
+            others = _companions(own, present)
+        everyone = (*own, *others)
+        trained = {place for rollout in own for place in _places(rollout, credit) if place}
+        comparisons = compare(everyone, credit, min_size) if len(everyone) >= min_size else []
+        comparisons = [each for each in comparisons if each.place in trained]
+        counts.of_one[group.method] += len(everyone) == 1
+        if not comparisons:
+            counts.too_small[group.method] += 1
+            left_out.rollouts[Reason.GROUP_TOO_SMALL] += len(own)
+            if may_wait:
+                for_later += [rollout.rollout_id for rollout in own]
+                continue
+        elif not any(comparison.differs for comparison in comparisons):
+            counts.all_equal[group.method] += 1
+            left_out.rollouts[Reason.GROUP_ALL_EQUAL] += len(own)
+        else:
+            compared = {comparison.place for comparison in comparisons}
+            kept.append(tuple(_with_comparison(each, credit, compared, left_out) for each in everyone))
+            counts.trained[group.method] += 1
+            counts.lost_members[group.method] += group in lost
+        keys |= {rollout.rollout_id: _key(group) for rollout in own}
+    return Grouping(tuple(kept), tuple(for_later), keys, counts)
 
 
-def _baseline(members: Iterable[TrainableRollout], present: Container[str]) -> list[TrainableRollout]:
+def _by_group(
+    rollouts: Iterable[TrainableRollout], running_below: int
+) -> dict[Group, list[TrainableRollout]]:
+    """By task or prompt; the groups of a prompt that are smaller than that by their running baseline."""
+    found: dict[Group, list[TrainableRollout]] = {}
+    for rollout in rollouts:
+        found.setdefault(group_of(rollout), []).append(rollout)
+    members: dict[Group, list[TrainableRollout]] = {}
+    for group, own in found.items():
+        size = len(own) + len(_companions(own, {each.rollout_id for each in own}))
+        runs = group.method != BY_TASK and size < running_below
+        for rollout in own:
+            into = _running(rollout) if runs else group
+            tagged = tuple(replace(transition, group=into) for transition in rollout.transitions)
+            members.setdefault(into, []).append(replace(rollout, transitions=tagged))
+    return members
+
+
+def _places(rollout: TrainableRollout, credit: Credit) -> list[Place | None]:
+    """Where each transition of the rollout belongs; ``None`` where its role has no return."""
+    own = credit.credits_of(rollout)
+    return [place if place in own else None for place in credit.places_of(rollout)]
+
+
+def _with_comparison(
+    rollout: TrainableRollout, credit: Credit, compared: Collection[Place], left_out: LeftOut
+) -> TrainableRollout:
+    """Without the transitions that nothing is compared with: those of a role that is too rare."""
+    if rollout.baseline_only:
+        return rollout
+    places = _places(rollout, credit)
+    kept = tuple(each for each, place in zip(rollout.transitions, places, strict=True) if place in compared)
+    if alone := len(places) - len(kept):
+        left_out.calls[Reason.ROLE_ALONE] += alone
+    if not kept:
+        left_out.rollouts[Reason.NO_TRANSITION] += 1
+        return replace(rollout, transitions=(), baseline_only=True)
+    return replace(rollout, transitions=kept)
+
+
+def _companions(members: Iterable[TrainableRollout], present: Container[str]) -> list[TrainableRollout]:
     """What these were compared with in earlier runs, each once, but for what is here itself."""
-    returns = {
-        companion.rollout_id: companion.value
+    found = {
+        companion.rollout_id: companion
         for rollout in members
         for companion in rollout.companions
         if companion.rollout_id not in present
     }
-    return [
-        TrainableRollout(rollout_id, None, value, (), baseline_only=True)
-        for rollout_id, value in returns.items()
-    ]
+    return list(found.values())
 
 
 def group_of(rollout: TrainableRollout) -> Group:
@@ -88,10 +202,40 @@ def group_of(rollout: TrainableRollout) -> Group:
 
     Token ids are the prompt as the model read it, after the chat template: whatever two clients do
     differently in JSON or in white space that the template drops makes no difference. A prompt that
-    carries a time or a random number makes a group of one; such agents need task ids.
+    carries a time or a random number makes a group of one; such agents need task ids, or prompts that are
+    normalised.
     """
     if rollout.task_id is not None:
         return Group(BY_TASK, rollout.task_id)
+    if rollout.normalised_prompt is not None:
+        return Group(BY_NORMALISED_PROMPT, rollout.normalised_prompt)
     first = rollout.first_prompt_ids
-    prompt = rollout.transitions[0].prompt_ids if first is None else first
-    return Group(BY_PROMPT, hashlib.sha256(prompt.tobytes()).hexdigest()[:32])
+    return _by_prompt(rollout.transitions[0].prompt_ids if first is None else first)
+
+
+def groups_of_recorded(recorded: Iterable[RecordedRollout], terms: Terms) -> set[Group]:
+    """The groups that these would have belonged to, as far as what was recorded of them says."""
+    found = set()
+    for each in recorded:
+        ours = [each.spans[position] for position in steps_of(each.spans, terms)]
+        prompts = [one.prompt_token_ids for span in ours for one in span.generations]
+        if each.rollout.task_id is not None:
+            found.add(Group(BY_TASK, each.rollout.task_id))
+        elif terms.normalised_prompts:
+            found |= {Group(BY_NORMALISED_PROMPT, normalised_prompt(span.request) or "") for span in ours[:1]}
+        elif prompts:
+            found.add(_by_prompt(prompts[0]))
+    return found
+
+
+def _by_prompt(prompt_ids: array[int]) -> Group:
+    return Group(BY_PROMPT, hashlib.sha256(prompt_ids.tobytes()).hexdigest()[:32])
+
+
+def _running(rollout: TrainableRollout) -> Group:
+    key = rollout.transitions[0].role or "-"
+    return Group(RUNNING, key if rollout.baseline_key is None else f"{key}/{rollout.baseline_key}")
+
+
+def _key(group: Group) -> str:
+    return f"{group.method}:{group.key}"

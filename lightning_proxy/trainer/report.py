@@ -29,6 +29,7 @@ class TrainReport:
     ``counts``: ``rollouts, groups, transitions, rows, tokens, tokens_trained, given_back``; ``again``: of
     the rollouts, those that an earlier run trained on for another return; ``baseline_only``: others of
     their groups, compared with and not trained on.
+    ``groups``: what became of groups, by method (``groups.GroupCounts``).
     ``left_out``: ``{"rollouts": {reason: n}, "calls": {reason: n}}`` (reasons: ``transitions.Reason``).
     ``failures``: what was seen and done by class of failure (``failures.FailureCounts``).
     ``metrics``: means over the optimiser's steps, and those of the first step under ``first``.
@@ -44,6 +45,7 @@ class TrainReport:
     run_id: int | None = None
     resumed_version: int | None = None  # staged by an earlier pass, promoted by this one
     counts: Mapping[str, int] = field(default_factory=dict)
+    groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     failures: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     grouped_by: Mapping[str, int] = field(default_factory=dict)  # method -> rollouts
@@ -53,7 +55,7 @@ class TrainReport:
     automatic: Mapping[str, int] = field(default_factory=dict)  # rollouts judged, rewards entered, failed
     # mean, std, min, max and count of the returns of what the parent version made, trained on or not
     rewards: Mapping[str, float] | None = None
-    advantages: Mapping[str, float] | None = None  # mean, std, min, max over the rollouts trained on
+    advantages: Mapping[str, float] | None = None  # mean, std, min, max: of each rollout, each once
     metrics: Mapping[str, Any] = field(default_factory=dict)
     logprob_difference: Mapping[str, float] | None = None
     entropy: float | None = None  # mean of -logprob of the trained tokens: estimates it, in nats

@@ -12,6 +12,7 @@ import numpy as np
 from lightning_proxy.config.settings import Settings
 from lightning_proxy.errors import NothingToTrain, PublishFailed, TrainingError
 from lightning_proxy.store import (
+    Companion,
     PolicyVersion,
     RecordedRollout,
     RewardRule,
@@ -21,11 +22,11 @@ from lightning_proxy.store import (
 )
 from lightning_proxy.trainer import guard
 from lightning_proxy.trainer.advantages import assign
+from lightning_proxy.trainer.advice import advice
 from lightning_proxy.trainer.automatic import AutomaticRewards
 from lightning_proxy.trainer.backend import Backend, estimator, open_backend
 from lightning_proxy.trainer.batches import Floats, Rows, pack, split_mini_batches, weigh
-from lightning_proxy.trainer.credit import identical
-from lightning_proxy.trainer.grouped import Grouped, grouped
+from lightning_proxy.trainer.grouped import Grouped, credit_of, grouped
 from lightning_proxy.trainer.groups import Grouping
 from lightning_proxy.trainer.guard import Collapse, Look
 from lightning_proxy.trainer.lease import Lease
@@ -59,7 +60,9 @@ class Pass:
     def __init__(self, settings: Settings, store: Store, progress: Progress) -> None:
         self.settings = settings
         self.store = store
-        store.rule = RewardRule(settings.reward_weights, late=settings.train.late_rewards == "retrain")
+        store.rule = RewardRule(
+            settings.reward_weights, settings.train.late_rewards == "retrain", settings.reward_roles
+        )
         self.progress = progress
         self.policy = settings.policy.name
         self.clock = Stopwatch()
@@ -84,10 +87,12 @@ class Pass:
         enough = (
             "" if len(recorded) >= self.settings.train.min_rollouts else f"; {self._too_few(len(recorded))}"
         )
+        why = advice(self._report, unrewarded=waiting.rollouts_unrewarded)
         return self.report(
             Outcome.DRY_RUN,
             f"{waiting.rollouts_ready} rewarded rollouts wait, {waiting.rollouts_unrewarded} have no reward "
-            f"yet; {len(rollouts)} of them could be trained on, in {len(trajectories)} rows{enough}",
+            f"yet; {len(rollouts)} of them could be trained on, in {len(trajectories)} rows{enough}"
+            + (f"; {why}" if why else ""),
         )
 
     def promote_staged(self) -> bool:
@@ -118,9 +123,11 @@ class Pass:
         newest = self.store.list_runs(self.policy, limit=1)
         if newest and newest[0].state is RunState.RUNNING:
             return  # it holds what the backlog lacks: beginning a run says who, or takes over
-        ready = self.store.backlog(self.policy).rollouts_ready
-        if ready < self.settings.train.min_rollouts:
-            raise NothingToTrain(self._too_few(ready))
+        waiting = self.store.backlog(self.policy)
+        if waiting.rollouts_ready < self.settings.train.min_rollouts:
+            none = not waiting.rollouts_ready
+            why = advice(self._report, unrewarded=waiting.rollouts_unrewarded) if none else None
+            raise NothingToTrain(self._too_few(waiting.rollouts_ready) + (f"; {why}" if why else ""))
 
     def starting_version(self) -> PolicyVersion:
         """The version that serves, else the model of the settings as version 0."""
@@ -151,9 +158,13 @@ class Pass:
     def group(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None) -> Grouped:
         """What can be trained on, in groups, and what else there is to say of what was drained."""
         with self.clock.phase("prepare"):
-            found = grouped(recorded, self.settings, parent)
+            found = grouped(recorded, self.settings, parent, self._recent)
         self._update(**found.for_report())
         return found
+
+    def _recent(self, key: str) -> Sequence[Companion]:
+        """The last rollouts that were trained on in this group."""
+        return self.store.recent_members(self.policy, key, self.settings.train.baseline_window)
 
     def prepare(self, grouping: Grouping) -> Batch | None:
         """Advantages, trajectories, rows; ``None`` where there is nothing to train on."""
@@ -162,10 +173,15 @@ class Pass:
         with self.clock.phase("load"):  # the estimator is verl's: this imports it
             estimate = estimator(self.settings.train)
         with self.clock.phase("prepare"):
-            rollouts = assign(grouping.groups, credit=identical, estimator=estimate)
+            rollouts = assign(
+                grouping.groups,
+                credit=credit_of(self.settings),
+                estimator=estimate,
+                least=self.settings.train.min_group_size,
+            )
             trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
             batch = Batch(pack(trajectories), trajectories)
-        advantages = np.array([rollout.transitions[0].advantage for rollout in rollouts])
+        advantages = np.array([value for rollout in rollouts for value in rollout.advantages])
         self._count(trajectories)
         self._update(
             advantages={
@@ -179,7 +195,9 @@ class Pass:
 
     def commit_nothing(self, lease: Lease, grouping: Grouping) -> TrainReport:
         """Consume what can never be trained on."""
-        report = self.report(Outcome.NOTHING, f"nothing to train on: {self._left_out_in_words()}")
+        why = advice(self._report)
+        message = f"nothing to train on: {self._left_out_in_words()}" + (f"; {why}" if why else "")
+        report = self.report(Outcome.NOTHING, message)
         self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=grouping.keys)
         return report
 

@@ -8,9 +8,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
-from lightning_proxy.store import Companion, Fidelity, Generation, RecordedRollout, Span
+from lightning_proxy.store import (
+    Companion,
+    Fidelity,
+    Generation,
+    Payment,
+    RecordedRollout,
+    RewardRule,
+    Span,
+)
+from lightning_proxy.trainer.prompts import normalised_prompt
 from lightning_proxy.trainer.sampling import (
     LOGPROBS_MODE,
     PLAIN,
@@ -28,6 +37,7 @@ class Reason(StrEnum):
     NO_REWARD = "no_reward"  # rollouts: its rewards belong to an earlier attempt
     NO_TRANSITION = "no_transition"  # rollouts: each of its calls was left out
     GROUP_TOO_SMALL = "group_too_small"  # rollouts: nothing to compare them with
+    ROLE_ALONE = "role_alone"  # calls of a role that too few of the group have a return for
     GROUP_ALL_EQUAL = "group_all_equal"  # rollouts: the group's returns do not differ: no gradient
     ERROR = "error"  # calls that ended in an error
     SUPERSEDED = "superseded"  # calls whose answer the agent's SDK did not get, and tried again
@@ -77,6 +87,7 @@ class Transition:
     logprobs_are_raw: bool = False
     policy_version_end: int | None = None  # when its last token was made
     next_prompt_ids: array[int] | None = None
+    step: int = 0  # of the rollout's steps
     group: Group | None = None
     part: float = 1.0  # of credit and advantage that it gets; less than 1 for some failures (``failures``)
     credit: float | None = None
@@ -89,9 +100,16 @@ class Transition:
         return self.policy_version if one and self.policy_version is not None else -1
 
 
+class Step(NamedTuple):
+    """A call that the policy made, in one of the roles to be trained, whether it can be trained on or not."""
+
+    span_id: int | None
+    role: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class TrainableRollout:
-    """A rollout's transitions in order of time, with its return.
+    """A rollout's transitions in order of time, with its return and what that is made of.
 
     One that is ``baseline_only`` was trained on by an earlier run and has no transitions here: its return
     is what others of its group are compared with.
@@ -102,9 +120,31 @@ class TrainableRollout:
     value: float
     transitions: tuple[Transition, ...]
     again: bool = False  # trained on before, for another return
-    companions: tuple[Companion, ...] = ()  # where again: its former group's returns
+    companions: tuple[TrainableRollout, ...] = ()  # where again: its former group, for comparison only
     baseline_only: bool = False
     first_prompt_ids: array[int] | None = None  # where that call may be none of the transitions
+    steps: tuple[Step, ...] = ()
+    payments: tuple[Payment, ...] = ()
+    normalised_prompt: str | None = None  # where first prompts are compared by that
+    baseline_key: str | None = None  # whose running baseline it has, as the rollout's metadata say
+
+    @property
+    def advantages(self) -> tuple[float, ...]:
+        """The advantages that its transitions have, each once."""
+        return tuple(dict.fromkeys(each.advantage for each in self.transitions if each.advantage is not None))
+
+    def steps_paid(self, payments: Sequence[Payment]) -> list[int]:
+        """The step at which each payment is made: see ``credit``. The last, where it is for no call."""
+        at = {step.span_id: place for place, step in enumerate(self.steps)}
+
+        def step_of(span_id: int | None) -> int:
+            if span_id is None:
+                return len(self.steps) - 1
+            if span_id in at:
+                return at[span_id]
+            return max((place for known, place in at.items() if known and known < span_id), default=0)
+
+        return [step_of(each.span_id) for each in payments]
 
     @property
     def trained_tokens(self) -> int:
@@ -138,6 +178,8 @@ class Terms:
     version: int | None = None  # whose weights the trainer has: what was sampled from them it can compute
     oldest_version: int = 0  # what earlier ones sampled is too old
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # see `sampling.engine_defaults`
+    rule: RewardRule = field(default_factory=RewardRule)
+    normalised_prompts: bool = False  # rollouts of the same task are told by them
 
 
 def trainable_rollouts(
@@ -151,25 +193,63 @@ def trainable_rollouts(
         elif each.value is None:
             left_out.rollouts[Reason.NO_REWARD] += 1
         elif transitions := transitions_of(each, terms, left_out):
-            kept.append(
-                TrainableRollout(
-                    each.rollout.rollout_id,
-                    each.rollout.task_id,
-                    each.value,
-                    transitions,
-                    again=each.again,
-                    companions=each.companions,
-                )
-            )
+            kept.append(_trainable(each, each.value, transitions, terms))
         else:
             left_out.rollouts[Reason.NO_TRANSITION] += 1
     return kept
+
+
+def _trainable(
+    recorded: RecordedRollout, value: float, transitions: tuple[Transition, ...], terms: Terms
+) -> TrainableRollout:
+    steps = [recorded.spans[position] for position in steps_of(recorded.spans, terms)]
+    key = recorded.rollout.metadata.get("baseline_key")
+    return TrainableRollout(
+        recorded.rollout.rollout_id,
+        recorded.rollout.task_id,
+        value,
+        transitions,
+        again=recorded.again,
+        companions=tuple(to_compare_with(each, terms) for each in recorded.companions),
+        steps=tuple(Step(span.span_id, span.role) for span in steps),
+        payments=terms.rule.payments(recorded.rewards),
+        normalised_prompt=normalised_prompt(steps[0].request) if terms.normalised_prompts else None,
+        baseline_key=None if key is None else str(key),
+    )
+
+
+def to_compare_with(companion: Companion, terms: Terms) -> TrainableRollout:
+    """One that earlier runs trained on, for its return alone."""
+    return TrainableRollout(
+        companion.rollout_id,
+        None,
+        companion.value,
+        (),
+        baseline_only=True,
+        steps=tuple(Step(*call) for call in companion.calls if not terms.roles or call[1] in terms.roles),
+        payments=terms.rule.payments(companion.rewards),
+    )
+
+
+def steps_of(spans: Sequence[Span], terms: Terms) -> dict[int, int]:
+    """Places among ``spans`` of the rollout's steps, and the number of each.
+
+    Calls that ended well, but for those that were tried again: what the policy did, trained on or not.
+    """
+    unseen = superseded(spans)
+    places = [
+        position
+        for position, span in enumerate(spans)
+        if position not in unseen and _why_not_ours(span, terms) is None
+    ]
+    return {position: number for number, position in enumerate(places)}
 
 
 def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -> tuple[Transition, ...]:
     """One transition per generation that the policy made, in order of time."""
     made: list[Transition] = []
     unseen = superseded(recorded.spans)
+    steps = steps_of(recorded.spans, terms)
     for position, span in enumerate(recorded.spans):
         if reason := Reason.SUPERSEDED if position in unseen else _why_not_span(span, terms):
             left_out.calls[reason] += 1
@@ -204,6 +284,7 @@ def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -
                     logprobs_are_raw=raw,
                     policy_version_end=span.policy_version_end,
                     next_prompt_ids=_next_prompt(recorded.spans, position + 1, unseen, terms.policy),
+                    step=steps[position],
                 )
             )
     return tuple(made)
@@ -235,13 +316,19 @@ def _likeliest_before(span: Span) -> tuple[int, bool, float]:
     return span.retry, span.error_class is not None, span.ended_at
 
 
-def _why_not_span(span: Span, terms: Terms) -> Reason | None:
+def _why_not_ours(span: Span, terms: Terms) -> Reason | None:
     if span.error_class is not None:
         return Reason.ERROR
     if span.policy != terms.policy:
         return Reason.OTHER_POLICY
     if terms.roles and span.role not in terms.roles:
         return Reason.OTHER_ROLE
+    return None
+
+
+def _why_not_span(span: Span, terms: Terms) -> Reason | None:
+    if reason := _why_not_ours(span, terms):
+        return reason
     if span.redacted is not None:
         return Reason.REDACTED
     if span.fidelity is not Fidelity.EXACT or not span.generations:

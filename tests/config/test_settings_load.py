@@ -278,6 +278,22 @@ def test_rewards_have_weights_with_a_sign() -> None:
     assert settings.reward_weights == {"style": 0.5, "latency": -1.0, "cost": 0.0}
 
 
+def test_a_reward_may_be_for_some_roles_where_groups_are_by_role() -> None:
+    entries = [{"name": "style", "roles": ["writer"]}, {"name": "right"}]
+    settings = Settings.model_validate({"rewards": entries, "train": {"group_by_role": True}})
+    assert settings.reward_roles == {"style": ("writer",)}
+    with pytest.raises(ValueError, match=r"'style' is for the roles writer only.*group_by_role = true"):
+        Settings.model_validate({"rewards": entries})
+
+
+def test_a_discount_without_an_effect_is_refused() -> None:
+    for credit in ("discounted", "return_to_go"):
+        train = Settings.model_validate({"train": {"credit": credit, "discount": 0.9}}).train
+        assert (train.credit, train.discount) == (credit, 0.9)
+    with pytest.raises(ValueError, match=r"train\.discount is 0\.9 but train\.credit is 'identical'"):
+        Settings.model_validate({"train": {"discount": 0.9}})
+
+
 @pytest.mark.parametrize(
     ("entries", "said"),
     [

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lightning_proxy.store import Reward, RewardRule, Store
+from lightning_proxy.store import Payment, Reward, RewardRule, Store, add_up
 from tests.store.support import POLICY, make_span
 
 LARGEST = sys.float_info.max
@@ -67,3 +67,19 @@ def test_a_reward_of_weight_0_makes_no_rollout_ready(store: Store) -> None:
     store.add_reward(value=2.0, rollout_id="r1", name="latency")
     assert store.preview(POLICY, 10) == []
     assert store.backlog(POLICY).rollouts_unrewarded == 1
+
+
+def test_what_a_return_is_made_of_says_for_which_call_and_for_whom() -> None:
+    rule = RewardRule({"style": 0.5, "cost": 0.0}, roles={"style": ("writer",)})
+    rewards = [
+        Reward("r", 1.0),
+        Reward("r", 4.0, span_id=7, name="style"),
+        Reward("r", 9.0, name="cost"),
+        Reward("r", None, comment="well"),
+    ]
+    payments = rule.payments(rewards)
+    assert payments == (Payment(1.0), Payment(2.0, 7, ("writer",)))
+    assert rule.return_of(rewards) == add_up(payments) == 3.0
+    assert [each.goes_to("writer") for each in payments] == [True, True]
+    assert [each.goes_to("checker") for each in payments] == [True, False]
+    assert [each.goes_to(None) for each in payments] == [True, False]

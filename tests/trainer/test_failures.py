@@ -30,7 +30,7 @@ from lightning_proxy.store import (
     Store,
 )
 from lightning_proxy.trainer.advantages import assign
-from lightning_proxy.trainer.credit import identical
+from lightning_proxy.trainer.credit import IDENTICAL
 from lightning_proxy.trainer.failures import Consequences, classes_of
 from lightning_proxy.trainer.groups import form_groups
 from lightning_proxy.trainer.report import TrainReport
@@ -231,7 +231,7 @@ def test_a_part_of_the_credit_is_a_part_of_the_advantage() -> None:
     def twice(credits_R: Any, groups_R: Sequence[int], lengths_R: Sequence[int]) -> Any:
         return np.asarray(credits_R) * 2
 
-    [done] = assign([[kept]], credit=identical, estimator=twice)
+    [done] = assign([[kept]], credit=IDENTICAL, estimator=twice)
     assert [(each.credit, each.advantage) for each in done.transitions] == [(1.0, 2.0), (0.5, 1.0)]
 
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from lightning_proxy.errors import TrainingError
-from lightning_proxy.store import Companion
 from lightning_proxy.trainer.advantages import Returns, assign
-from lightning_proxy.trainer.credit import identical
-from lightning_proxy.trainer.groups import BY_PROMPT, BY_TASK, Grouping, form_groups
-from lightning_proxy.trainer.transitions import LeftOut, Reason, TrainableRollout, Transition
+from lightning_proxy.trainer.credit import IDENTICAL
+from lightning_proxy.trainer.groups import BY_PROMPT, BY_TASK, RUNNING, Grouping, form_groups
+from lightning_proxy.trainer.transitions import Group, LeftOut, Reason, TrainableRollout, Transition
 
 
 def rollout(
@@ -79,10 +78,6 @@ def test_a_group_whose_returns_are_all_equal_is_left_out_and_counted() -> None:
     assert left_out.rollouts == {Reason.GROUP_ALL_EQUAL: 2}
 
 
-def test_identical_credit_gives_every_transition_the_whole_return() -> None:
-    assert [each.credit for each in identical(rollout("a", 0.75, calls=3))] == [0.75, 0.75, 0.75]
-
-
 def centred(credits_R: Returns, groups_R: Sequence[int], lengths_R: Sequence[int]) -> Returns:
     assert groups_R == [0, 0, 1, 1]
     return np.asarray(credits_R - credits_R.mean())
@@ -92,7 +87,7 @@ def test_a_rollout_counts_once_in_its_group_however_many_calls_it_made() -> None
     grouping, _ = group(
         rollout("a", 1, "x", calls=9), rollout("b", 0, "x"), rollout("c", 3, "y"), rollout("d", 0, "y")
     )
-    done = assign(grouping.groups, credit=identical, estimator=centred)
+    done = assign(grouping.groups, credit=IDENTICAL, estimator=centred)
     assert [each.transitions[0].advantage for each in done] == [0.0, -1.0, 2.0, -1.0]
     assert {each.advantage for each in done[0].transitions} == {0.0}
     assert {each.credit for each in done[0].transitions} == {1.0}
@@ -110,7 +105,9 @@ def grpo(credits_R: Returns, groups_R: Sequence[int], lengths_R: Sequence[int]) 
 
 def again(name: str, value: float, **companions: float) -> TrainableRollout:
     """A rollout that comes back after a late reward, with what it was compared with."""
-    others = tuple(Companion(*each) for each in companions.items())
+    others = tuple(
+        TrainableRollout(other, None, theirs, (), baseline_only=True) for other, theirs in companions.items()
+    )
     return replace(rollout(name, value, "x"), again=True, companions=others)
 
 
@@ -121,7 +118,7 @@ def test_a_rollout_that_comes_again_is_compared_with_its_former_group_which_is_n
     assert members(grouping) == [["a", "b", "c", "d"], ["e", "f"]]
     assert [each.rollout_id for each in grouping.trained] == ["a", "e", "f"]
     assert left_out.rollouts == {}
-    done = assign(grouping.groups, credit=identical, estimator=grpo)
+    done = assign(grouping.groups, credit=IDENTICAL, estimator=grpo)
     assert [each.rollout_id for each in done] == ["a", "e", "f"]
     expected = (1.0 - 0.5) / (np.std([1.0, 0.0, 0.0, 1.0], ddof=1) + 1e-6)
     assert done[0].transitions[0].advantage == pytest.approx(expected)
@@ -133,7 +130,7 @@ def test_companions_that_are_here_themselves_count_once_and_as_they_are() -> Non
         again("a", 1.0, b=0.75, c=0.0), again("b", 0.75, a=1.0, c=0.0), rollout("g", 0.25, "x")
     )
     assert members(grouping) == [["a", "b", "g", "c"]]
-    done = assign(grouping.groups, credit=identical, estimator=grpo)
+    done = assign(grouping.groups, credit=IDENTICAL, estimator=grpo)
     returns = np.array([1.0, 0.75, 0.25, 0.0])
     expected = (returns - returns.mean()) / (returns.std(ddof=1) + 1e-6)
     assert [each.transitions[0].advantage for each in done] == pytest.approx(list(expected[:3]))
@@ -154,4 +151,95 @@ def test_a_rollout_that_comes_again_without_a_group_waits_and_is_not_lost() -> N
 def test_an_estimator_that_gives_no_number_is_an_error() -> None:
     grouping, _ = group(rollout("a", 1), rollout("b", 0))
     with pytest.raises(TrainingError, match="not finite"):
-        assign(grouping.groups, credit=identical, estimator=lambda credits_R, *_: credits_R * np.nan)
+        assign(grouping.groups, credit=IDENTICAL, estimator=lambda credits_R, *_: credits_R * np.nan)
+
+
+# -- running baselines -------------------------------------------------------------------------
+
+
+def running(
+    *rollouts: TrainableRollout, recent: Sequence[tuple[str, float]] = (), may_wait: bool = True
+) -> tuple[Grouping, list[str]]:
+    """Grouped with these as the last returns of every key; and the keys that were asked for."""
+    asked: list[str] = []
+
+    def look(key: str) -> list[TrainableRollout]:
+        asked.append(key)
+        return [TrainableRollout(name, None, value, (), baseline_only=True) for name, value in recent]
+
+    return form_groups(rollouts, min_size=2, may_wait=may_wait, left_out=LeftOut(), recent=look), asked
+
+
+def test_prompts_that_never_repeat_are_compared_with_one_another_and_with_the_last_returns() -> None:
+    grouping, asked = running(
+        rollout("a", 1.0, None, (1, 2)),
+        rollout("b", 0.5, None, (1, 3)),
+        recent=[("old", 0.0), ("older", 0.5)],
+    )
+    assert members(grouping) == [["a", "b", "old", "older"]]
+    assert asked == ["running:-"]
+    assert grouping.keys == {"a": "running:-", "b": "running:-"}
+    assert {each.group.method for one in grouping.trained for each in one.transitions if each.group} == {
+        RUNNING
+    }
+    done = assign(grouping.groups, credit=IDENTICAL, estimator=grpo)
+    returns = np.array([1.0, 0.5, 0.0, 0.5])
+    expected = (returns - returns.mean()) / (returns.std(ddof=1) + 1e-6)
+    assert [each.transitions[0].advantage for each in done] == pytest.approx(list(expected[:2]))
+
+
+def test_prompts_that_repeat_and_tasks_keep_their_groups() -> None:
+    grouping, asked = running(
+        rollout("a", 1, None, (1, 2)), rollout("b", 0, None, (1, 2)), rollout("alone", 1, "x")
+    )
+    assert members(grouping) == [["a", "b"]]
+    assert grouping.for_later == ("alone",)
+    assert asked == []
+
+
+def test_a_running_baseline_is_the_roles_and_that_of_the_key_in_the_metadata() -> None:
+    def of(name: str, role: str | None, key: str | None, token: int) -> TrainableRollout:
+        one = rollout(name, token, None, (token,))
+        return replace(
+            one, baseline_key=key, transitions=tuple(replace(each, role=role) for each in one.transitions)
+        )
+
+    grouping, asked = running(
+        of("a", "writer", None, 1), of("b", "writer", None, 2), of("c", "checker", None, 3),
+        of("d", "checker", "search", 4), of("e", "checker", "search", 5),
+    )  # fmt: skip
+    assert members(grouping) == [["a", "b"], ["d", "e"]]
+    assert asked == ["running:writer", "running:checker", "running:checker/search"]
+    assert grouping.for_later == ("c",)
+
+
+def test_who_comes_again_is_not_its_own_baseline() -> None:
+    grouping, _ = running(rollout("a", 1.0, None), recent=[("a", 0.0), ("b", 0.5)])
+    assert members(grouping) == [["a", "b"]]
+
+
+def test_the_first_rollout_of_all_waits_and_so_does_every_one_without_running_baselines() -> None:
+    assert running(rollout("a", 1.0, None))[0].for_later == ("a",)
+    grouping, _ = group(rollout("a", 1.0, None, (1,)), rollout("b", 0.0, None, (2,)))
+    assert grouping.for_later == ("a", "b")
+
+
+# -- counts ------------------------------------------------------------------------------------
+
+
+def test_groups_are_counted_by_what_became_of_them_and_by_method() -> None:
+    lost = {Group(BY_TASK, "x"), Group(BY_TASK, "elsewhere")}
+    rollouts = (
+        rollout("a", 1, "x"), rollout("b", 0, "x"),
+        rollout("c", 1, "y"), rollout("d", 1, "y"),
+        rollout("e", 1, "z"),
+        rollout("f", 1, None, (1,)), rollout("g", 0, None, (1,)),
+    )  # fmt: skip
+    found = form_groups(rollouts, min_size=2, may_wait=True, left_out=LeftOut(), lost=lost)
+    assert found.counts.as_dict() == {
+        "trained": {BY_TASK: 1, BY_PROMPT: 1},
+        "lost_members": {BY_TASK: 1},
+        "of_one": {BY_TASK: 1},
+        "too_small": {BY_TASK: 1},
+        "all_equal": {BY_TASK: 1},
+    }
