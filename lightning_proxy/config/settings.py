@@ -10,12 +10,13 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
+from typing import Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from lightning_proxy.config.consequences import consequence_of
+from lightning_proxy.config.policies import NAME_PATTERN, FurtherPolicySettings, check_apart
+from lightning_proxy.config.table import BaseUrl, RootUrl, Table, overridden
 
 
 def is_loopback(host: str) -> bool:
@@ -28,31 +29,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _base_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("must be a URL that begins with http:// or https://")
-    if parts.query or parts.fragment:
-        raise ValueError("must be a URL without a query")
-    return url.rstrip("/")
-
-
-def _root_url(url: str) -> str:
-    url = _base_url(url)
-    if urlsplit(url).path.endswith("/v1"):
-        raise ValueError("must be the proxy's own address, without /v1")
-    return url
-
-
-BaseUrl = Annotated[str, AfterValidator(_base_url)]
-RootUrl = Annotated[str, AfterValidator(_root_url)]
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class ProxySettings(_Table):
+class ProxySettings(Table):
     """The proxy: where it listens, where it forwards to, what it captures."""
 
     host: str = Field(
@@ -110,7 +87,7 @@ class ProxySettings(_Table):
         return self
 
 
-class UpstreamSettings(_Table):
+class UpstreamSettings(Table):
     """A further endpoint, for the models that it names.
 
     The first in the file whose `models` fit a call's model takes it; what fits none goes to
@@ -148,7 +125,7 @@ class UpstreamSettings(_Table):
         return self
 
 
-class StoreSettings(_Table):
+class StoreSettings(Table):
     """The database."""
 
     db: Path = Field(default=Path("lightning.db"), description="SQLite file; made on first use.")
@@ -168,12 +145,12 @@ class StoreSettings(_Table):
     )
 
 
-class PolicySettings(_Table):
+class PolicySettings(Table):
     """The model that learns."""
 
     name: str = Field(
         default="policy",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$",
+        pattern=NAME_PATTERN,
         description="Model name that agents ask for; only calls for it are trained on.",
     )
     model: Path | None = Field(
@@ -181,7 +158,7 @@ class PolicySettings(_Table):
     )
 
 
-class EngineSettings(_Table):
+class EngineSettings(Table):
     """vLLM, where `serve --model` starts it."""
 
     args: tuple[str, ...] = Field(default=(), description="Further arguments for vLLM's OpenAI server.")
@@ -195,7 +172,7 @@ class EngineSettings(_Table):
     )
 
 
-class TrainSettings(_Table):
+class TrainSettings(Table):
     """The trainer."""
 
     proxy_url: RootUrl = Field(
@@ -307,7 +284,7 @@ class TrainSettings(_Table):
         return self
 
 
-class GuardSettings(_Table):
+class GuardSettings(Table):
     """When a training run stops instead of publishing. Collapse goes one way: better not to begin."""
 
     max_kl: float = Field(
@@ -343,7 +320,7 @@ class GuardSettings(_Table):
     )
 
 
-class FailureSettings(_Table):
+class FailureSettings(Table):
     """What counts as a failure beyond what protocols say, and what training makes of each class."""
 
     tool_error_patterns: tuple[str, ...] = Field(
@@ -397,7 +374,7 @@ class FailureSettings(_Table):
         return training
 
 
-class RoleSettings(_Table):
+class RoleSettings(Table):
     """One agent of a multi-agent system, by what it sends. All that is given here must hold.
 
     The first role in the file that fits a call is its role, unless path or header name one.
@@ -426,7 +403,7 @@ class RoleSettings(_Table):
         return self
 
 
-class RewardSettings(_Table):
+class RewardSettings(Table):
     """A reward that counts otherwise than as it is: by its name.
 
     A rollout's return is the sum of its rewards, each times its weight, and with the sign turned where less
@@ -445,7 +422,7 @@ class RewardSettings(_Table):
     )
 
 
-class AutomaticRewardSettings(_Table):
+class AutomaticRewardSettings(Table):
     """Rewards from what is in the traffic already, entered into the ledger when `train` begins.
 
     All are off by default. They are entered for a rollout that has ended, has been rewarded, or has been
@@ -484,7 +461,7 @@ class AutomaticRewardSettings(_Table):
     )
 
 
-class ExplorationSettings(_Table):
+class ExplorationSettings(Table):
     """Rollouts that are sampled at a temperature of ours, for agents that run at 0 and so never explore.
 
     The first entry whose `role` fits decides. Spans say so (`sampling.explored`); only calls to the
@@ -496,7 +473,7 @@ class ExplorationSettings(_Table):
     share: float = Field(default=1.0, gt=0, le=1, description="Share of rollouts that explore.")
 
 
-class RedactionSettings(_Table):
+class RedactionSettings(Table):
     """What must not be kept. It is taken out of each span before it is written; agent and engine get all.
 
     A rule has a `pattern` or a `builtin`, which is searched in all texts, or a `path`, whose values are
@@ -534,7 +511,7 @@ class RedactionSettings(_Table):
         return self
 
 
-class Settings(_Table):
+class Settings(Table):
     """All tables of ``lightning.toml``."""
 
     proxy: ProxySettings = ProxySettings()
@@ -550,6 +527,20 @@ class Settings(_Table):
     rewards: tuple[RewardSettings, ...] = ()
     exploration: tuple[ExplorationSettings, ...] = ()
     redaction: tuple[RedactionSettings, ...] = ()
+    policies: tuple[FurtherPolicySettings, ...] = ()
+
+    @field_validator("policies")
+    @classmethod
+    def _policies_are_apart_and_valid(
+        cls, policies: tuple[FurtherPolicySettings, ...], info: ValidationInfo
+    ) -> tuple[FurtherPolicySettings, ...]:
+        if not {"policy", "train", "engine"} <= info.data.keys():
+            return policies  # one of those is wrong itself, and that is said
+        check_apart(info.data["policy"].name, policies)
+        for each in policies:
+            overridden(info.data["train"], each.train, "train")
+            overridden(info.data["engine"], each.engine, "engine")
+        return policies
 
     @field_validator("rewards")
     @classmethod
