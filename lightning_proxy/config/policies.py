@@ -15,6 +15,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 _NOT_IN_TRAIN = {
     "roles": "give `roles` beside the policy's name",
     "proxy_url": "one proxy is before all policies: give it in [train]",
+    "device": "one process trains all policies: give it in [train]",
     "watch_interval_s": "`train --watch` goes round all policies: give it in [train]",
 }
 
