@@ -144,10 +144,10 @@ def _inside(directory: Path) -> Mapping[str, Any]:
     return {"store.db": directory / "lightning.db", "train.runs_dir": directory / "runs"}
 
 
-def call(system: System, role: str, rollout: str) -> str:
+def call(system: System, role: str, rollout: str, seed: int = 0) -> str:
     """One call of the agent's: the model's name is the same for all roles."""
     messages = [{"role": "system", "content": SYSTEM[role]}, {"role": "user", "content": "items"}]
-    body = {"model": AUTHOR, "messages": messages, "max_tokens": 1}
+    body = {"model": AUTHOR, "messages": messages, "max_tokens": 1, "seed": seed}
     status, _, text = post(f"{system.url}/rollout/{rollout}/v1/chat/completions", body)
     assert status == 200, text
     answer = json.loads(text)
@@ -159,7 +159,8 @@ def carry_out(system: System, task: int, member: int) -> None:
     """One rollout: each role calls once; its reward is how many of the three said the right thing."""
     rollout = f"r-{task}-{member}"
     post(f"{system.url}/api/rollouts", {"rollout_id": rollout, "task_id": f"task-{task}"})
-    points = sum(call(system, role, rollout) == right for role, right in REWARDED.items())
+    seed = task * GROUP + member
+    points = sum(call(system, role, rollout, seed) == right for role, right in REWARDED.items())
     status, _, text = post(f"{system.url}/reward", {"rollout_id": rollout, "value": float(points)})
     assert status == 201, text
 
