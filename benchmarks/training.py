@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lightning_proxy.config import Settings
-from lightning_proxy.config.settings import TrainSettings
+from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.demo.loop import WEIGHTS
 from lightning_proxy.errors import MissingExtra
 from lightning_proxy.store import Fidelity, Generation, Span, Store

@@ -13,7 +13,7 @@ import typer.main
 from typer.core import TyperGroup
 
 from lightning_proxy.cli import app
-from lightning_proxy.config import Settings
+from lightning_proxy.config import Settings, for_policy
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,3 +84,13 @@ def test_the_settings_that_the_page_about_rewards_shows_are_taken() -> None:
     page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
     for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL):
         Settings.model_validate(tomllib.loads(block))
+
+
+def test_the_policies_that_the_page_about_training_shows_are_taken() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    [shown] = [
+        block for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "[[policies]]" in block
+    ]
+    settings = Settings.model_validate(tomllib.loads(shown))
+    own = for_policy(settings, "critic").train
+    assert (own.roles, own.learning_rate, settings.train.learning_rate) == (("checker",), 5e-6, 1e-6)

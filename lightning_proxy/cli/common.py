@@ -46,9 +46,7 @@ def open_store(settings: Settings) -> Iterator[Store]:
     from lightning_proxy.store import RewardRule, Store
 
     with Store.open(settings.store.db, busy_timeout_s=settings.store.busy_timeout_s, create=False) as store:
-        store.rule = RewardRule(
-            settings.reward_weights, settings.train.late_rewards == "retrain", settings.reward_roles
-        )
+        store.rule = RewardRule(**settings.reward_rule)
         yield store
 
 

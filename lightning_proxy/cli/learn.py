@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -22,7 +22,7 @@ from lightning_proxy.cli.common import (
     print_json,
     settings_from,
 )
-from lightning_proxy.errors import InvalidInput, StoreError, TrainingError
+from lightning_proxy.errors import InvalidInput, LightningError, StoreError, TrainingError
 
 if TYPE_CHECKING:
     from lightning_proxy.config import Settings
@@ -43,6 +43,9 @@ def train(
     model: Annotated[
         Path | None, typer.Option("--model", metavar="DIR", help="Weights to begin with, for the first run.")
     ] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Which policy. Default: every one, one after the other.")
+    ] = None,
     proxy: ProxyOption = None,
     json_: JsonOption = False,
     db: DbOption = None,
@@ -51,18 +54,34 @@ def train(
     """Learn from what was recorded: one pass, made for cron.
 
     Exit code 0: trained, or nothing to train on (a line says why; --require-update makes that 3).
-    1: failed; everything that was drained waits for the next run.
+    1: failed; everything that was drained waits for the next run. Of several policies each has its own
+    pass, the worst decides, and --json prints a list.
     """
     if watch and (dry_run or require_update):
         raise InvalidInput(
             "--watch goes on whatever a pass finds: give it without --dry-run and --require-update"
         )
-    settings = settings_from(config, store__db=db, policy__model=model, train__proxy_url=proxy)
+    settings = settings_from(config, store__db=db, train__proxy_url=proxy)
+    chosen = _chosen(settings, policy, model)
     with _unwinding_on_sigterm():
         if watch:
-            _watch(settings, json_)
-        code = _one_pass(settings, json_, dry_run=dry_run, require_update=require_update)
+            _watch(chosen, json_)
+        if len(chosen) == 1:
+            code = _one_pass(chosen[0], json_, dry_run=dry_run, require_update=require_update)
+        else:
+            code = _a_pass_each(chosen, json_, dry_run=dry_run, require_update=require_update)
     raise typer.Exit(code)
+
+
+def _chosen(settings: Settings, policy: str | None, model: Path | None) -> list[Settings]:
+    """Settings for each policy that is to be trained. ``model``: the weights that the first begins with."""
+    from lightning_proxy.config import for_policy, policy_names
+
+    chosen = [for_policy(settings, name) for name in ([policy] if policy else policy_names(settings))]
+    if model is not None:
+        first = chosen[0]
+        chosen[0] = first.model_copy(update={"policy": first.policy.model_copy(update={"model": model})})
+    return chosen
 
 
 @contextmanager
@@ -80,48 +99,97 @@ def _unwinding_on_sigterm() -> Iterator[None]:
 
 
 def _one_pass(settings: Settings, as_json: bool, *, dry_run: bool, require_update: bool) -> int:
-    from lightning_proxy.trainer.report import Outcome
     from lightning_proxy.trainer.run import train_once
 
     with open_store(settings) as store, _progress() as progress:
         report = train_once(settings, store=store, progress=progress, dry_run=dry_run)
     _print_report(report, as_json)
+    return _exit_code(report, require_update)
+
+
+def _a_pass_each(chosen: Sequence[Settings], as_json: bool, *, dry_run: bool, require_update: bool) -> int:
+    """A pass for each policy: what goes wrong with one is no reason to leave the others out.
+
+    Returns the worst exit code: 1, then 3, then 0.
+    """
+    from lightning_proxy.trainer.run import train_once
+
+    codes, reports = set[int](), list[dict[str, Any]]()
+    with open_store(chosen[0]) as store, _progress() as progress:
+        for settings in chosen:
+            name = settings.policy.name
+            try:
+                report = train_once(settings, store=store, progress=_naming(name, progress), dry_run=dry_run)
+            except (LightningError, OSError) as error:
+                typer.echo(f"lightning-proxy: {name}: {error}", err=True)
+                reports.append({"policy": name, "outcome": "failed", "message": str(error)})
+                codes.add(1)
+                continue
+            reports.append(report.as_dict())
+            codes.add(_exit_code(report, require_update))
+            if not as_json:
+                _print_report(report, as_json, name)
+    if as_json:
+        print_json(reports)
+    return next(code for code in (1, NO_UPDATE, 0) if code in codes)
+
+
+def _exit_code(report: TrainReport, require_update: bool) -> int:
+    from lightning_proxy.trainer.report import Outcome
+
     if report.outcome in (Outcome.REJECTED, Outcome.GUARDED):
         return 1
     idle = report.outcome in (Outcome.NOTHING, Outcome.STAGED_ONLY)
     return NO_UPDATE if idle and require_update else 0
 
 
-def _watch(settings: Settings, as_json: bool) -> NoReturn:
+def _watch(chosen: Sequence[Settings], as_json: bool) -> NoReturn:
     """A pass that fails is reported and followed by the next; only a bug or a signal ends this."""
     from lightning_proxy.trainer.report import Outcome
     from lightning_proxy.trainer.run import Trainer
+    from lightning_proxy.trainer.warm import WarmBackend
 
-    said = None
-    with (
-        open_store(settings) as store,
-        _progress() as progress,
-        Trainer(settings, store=store, progress=progress) as trainer,
-    ):
-        trainer.preload()
+    said: dict[str, str] = {}
+    several = len(chosen) > 1
+    warm = WarmBackend()
+    with open_store(chosen[0]) as store, _progress() as progress, ExitStack() as at_the_end:
+        at_the_end.callback(warm.discard)
+        trainers: dict[str, Trainer] = {}
+        for settings in chosen:
+            name = settings.policy.name
+            say = _naming(name, progress) if several else progress
+            trainers[name] = Trainer(settings, store=store, progress=say, warm=warm)
+        for trainer in trainers.values():
+            trainer.preload()
         while True:
-            try:
-                report = trainer.train_once()
-            except (StoreError, TrainingError) as error:
-                typer.echo(f"lightning-proxy: {error}", err=True)
-            else:
-                idle = report.outcome is Outcome.NOTHING and report.run_id is None
-                if not idle or report.message != said:
-                    _print_report(report, as_json)
-                said = report.message
-            time.sleep(settings.train.watch_interval_s)
+            for name, trainer in trainers.items():
+                try:
+                    report = trainer.train_once()
+                except (StoreError, TrainingError) as error:
+                    typer.echo(f"lightning-proxy: {f'{name}: ' if several else ''}{error}", err=True)
+                else:
+                    idle = report.outcome is Outcome.NOTHING and report.run_id is None
+                    if not idle or report.message != said.get(name):
+                        _print_report(report, as_json, name if several else None)
+                    said[name] = report.message
+            time.sleep(chosen[0].train.watch_interval_s)
 
 
-def _print_report(report: TrainReport, as_json: bool) -> None:
+def _naming(policy: str, progress: Progress) -> Progress:
+    """Says of which policy each line is."""
+
+    def say(line: str, done: float | None = None) -> None:
+        progress(f"{policy}: {line}", done)
+
+    return say
+
+
+def _print_report(report: TrainReport, as_json: bool, policy: str | None = None) -> None:
+    """``policy``: its name, where there are several."""
     if as_json:
         print_json(report.as_dict())
         return
-    typer.echo(f"{report.outcome.value}: {report.message}")
+    typer.echo(f"{f'{policy}: ' if policy else ''}{report.outcome.value}: {report.message}")
     for what, methods in report.groups.items():
         by = ", ".join(f"{n} by {method}" for method, n in methods.items())
         typer.echo(f"  groups {what.replace('_', ' ')}: {by}")

@@ -22,6 +22,7 @@ from lightning_proxy.errors import EngineUnreachable, UnknownTarget
 
 if TYPE_CHECKING:
     from lightning_proxy.config import Settings
+    from lightning_proxy.store import Store
 
 
 def status(
@@ -55,15 +56,22 @@ def _proxy(settings: Settings) -> dict[str, Any]:
 def _store(settings: Settings) -> dict[str, Any] | None:
     try:
         with open_store(settings) as store:
-            runs = store.list_runs(settings.policy.name, limit=1)
             return {
                 "counts": store.stats(),
-                "backlog": store.backlog(settings.policy.name),
-                "active": store.active_version(settings.policy.name),
-                "last_run": runs[0] if runs else None,
+                **_policy(store, settings.policy.name),
+                "further_policies": {each.name: _policy(store, each.name) for each in settings.policies},
             }
     except UnknownTarget:
         return None
+
+
+def _policy(store: Store, name: str) -> dict[str, Any]:
+    runs = store.list_runs(name, limit=1)
+    return {
+        "backlog": store.backlog(name),
+        "active": store.active_version(name),
+        "last_run": runs[0] if runs else None,
+    }
 
 
 def _print(settings: Settings, proxy: dict[str, Any], store: dict[str, Any] | None) -> None:
@@ -73,7 +81,7 @@ def _print(settings: Settings, proxy: dict[str, Any], store: dict[str, Any] | No
     if store is None:
         _line("database", f"{settings.store.db}: nothing recorded yet; `lightning-proxy serve` makes it")
         return
-    counts, backlog, active, run = store["counts"], store["backlog"], store["active"], store["last_run"]
+    counts = store["counts"]
     _line("database", f"{settings.store.db}, {counts['bytes'] / 2**20:.1f} MiB")
     _line(
         "rollouts",
@@ -84,14 +92,21 @@ def _print(settings: Settings, proxy: dict[str, Any], store: dict[str, Any] | No
         "calls", f"{counts['spans']}, {counts['spans_exact']} exact, {counts['spans_failed']} failed{newest}"
     )
     _line("rewards", str(counts["rewards"]))
+    _print_policy(settings.policy.name, store)
+    for name, policy in store["further_policies"].items():
+        _print_policy(name, policy)
+
+
+def _print_policy(name: str, policy: dict[str, Any]) -> None:
+    backlog, active, run = policy["backlog"], policy["active"], policy["last_run"]
+    served = f"version {active.version}, since {when(active.created_at)}" if active else "no version yet"
+    _line("policy", f"{name}: {served}")
     _line(
         "to train on",
         f"{backlog.rollouts_ready} rollouts with {backlog.spans} calls; "
         f"{backlog.rollouts_unrewarded} have no reward yet"
         + (f"; {backlog.rollouts_again} come again for a late reward" if backlog.rollouts_again else ""),
     )
-    served = f"version {active.version}, since {when(active.created_at)}" if active else "no version yet"
-    _line("policy", f"{settings.policy.name}: {served}")
     if run is None:
         _line("last run", "none")
     else:

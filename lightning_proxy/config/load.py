@@ -201,7 +201,7 @@ def allowed(info: FieldInfo) -> str:
     elif get_origin(info.annotation) is tuple:
         words = "a list of texts"
     elif get_origin(info.annotation) is dict:
-        words = "a table of texts"
+        words = "a table of texts" if get_args(info.annotation)[1] is str else "a table of settings"
     elif info.annotation in (int, float):
         words = "a whole number" if info.annotation is int else "a number"
     else:

@@ -97,7 +97,7 @@ def _toml_value(value: Any) -> str:
 
 def _example(info: FieldInfo) -> str:
     """A default, else something of the setting's form, for an entry that has to be written by hand."""
-    if not info.is_required() and info.default:
+    if not info.is_required() and (info.default or isinstance(info.default, bool | dict)):
         return _toml_value(info.default)
     return '["..."]' if get_origin(info.annotation) is tuple else '"..."'
 

@@ -30,7 +30,9 @@ Read ``forward.py`` first: one call, from the agent's first byte to its last.
 ``engine``          the control routes of vLLM: pause, reload, resume, probe
 ``responses_probe`` how the engine repeats a request in its Responses
 ``engine_process``  vLLM as our child
-``switch``          promotion and rollback of policy versions
+``switch``          promotion and rollback of a policy's versions
+``served``          the policies that are served here, each with its engine, gate and switch
+``reader``          questions to the store
 ``control``         ``/api/`` and ``/reward``
 ``auth``            who may do what
 ``problem``         errors of our own, in OpenAI's shape

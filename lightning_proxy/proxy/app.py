@@ -7,23 +7,23 @@ with vLLM as its child where the settings name a model and no upstream.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import signal
-import socket
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import uvloop
 from aiohttp import web
 
-from lightning_proxy.config import Settings
-from lightning_proxy.errors import ConfigError, EngineError, LightningError, PublishFailed
+from lightning_proxy.config import Settings, UpstreamSettings, for_policy, policy_names
+from lightning_proxy.config.policies import FurtherPolicySettings
+from lightning_proxy.errors import ConfigError, LightningError
 from lightning_proxy.redaction import Redactor
-from lightning_proxy.store import RewardRule, Store, VersionStatus, Writer
+from lightning_proxy.store import Writer
 
 from .attribution import api_keys
 from .auth import Guard
@@ -45,9 +45,11 @@ from .hold import Hold
 from .keys import Attributor
 from .metrics import Metrics
 from .problem import problem
+from .reader import Reader, open_store
 from .recorder import Recorder
 from .retention import Retention
 from .roles import Roles
+from .served import Policies, Served, engine_process
 from .sweep import watch_for_silence
 from .switch import Switch
 from .tasks import Tasks
@@ -55,30 +57,7 @@ from .upstream import Upstream, only_the_upstreams
 from .upstreams import Endpoint, Upstreams, endpoint_of
 
 log = logging.getLogger(__name__)
-STARTING = "the engine is starting"
-RESTORING = "the active version is being restored"
-
-
-class Reader:
-    """One connection for questions to the store, used by one thread at a time."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._lock = threading.Lock()
-        self._store: Store | None = None
-
-    def __call__(self, question: Callable[[Store], Any]) -> Any:
-        """Ask the store. Blocking: call it off the loop."""
-        with self._lock:
-            if self._store is None:
-                self._store = open_store(self._settings)
-            return question(self._store)
-
-    def close(self) -> None:
-        """Close the connection, if there is one."""
-        with self._lock:
-            if self._store is not None:
-                self._store.close()
+_NONE: Mapping[str, EngineProcess] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -87,13 +66,11 @@ class Parts:
 
     settings: Settings
     metrics: Metrics
-    hold: Hold
     writer: Writer
     reader: Reader  # for the control routes
     lookups: Reader  # for attribution, so that no call waits for a long list
     upstreams: Upstreams
-    engine: Engine
-    switch: Switch
+    policies: Policies
     attributor: Attributor
     tasks: Tasks
     forwarder: Forwarder
@@ -101,13 +78,26 @@ class Parts:
     redactor: Redactor | None = None
     base_url: str = ""
 
+    @property
+    def hold(self) -> Hold:
+        """Where calls of ``[policy]`` wait."""
+        return self.policies.main.hold
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of ``[policy]``."""
+        return self.policies.main.engine
+
 
 PARTS: web.AppKey[Parts] = web.AppKey("parts", Parts)
 
 
-def create_app(settings: Settings, *, engine_process: EngineProcess | None = None) -> web.Application:
-    """The application; its parts are under ``PARTS``. The store opens when it starts up."""
-    parts = _build(settings, engine_process.url if engine_process else settings.proxy.upstream)
+def create_app(settings: Settings, *, processes: Mapping[str, EngineProcess] = _NONE) -> web.Application:
+    """The application; its parts are under ``PARTS``. The store opens when it starts up.
+
+    ``processes``: the engines that are our children, by the policy that they serve.
+    """
+    parts = _build(settings, processes)
     guard = Guard(settings.proxy.token, parts.attributor, keys_reward=settings.proxy.rollout_keys_reward)
     app = web.Application(client_max_size=settings.proxy.max_body_mb * 2**20, middlewares=[_door(guard)])
     app[PARTS] = parts
@@ -118,7 +108,7 @@ def create_app(settings: Settings, *, engine_process: EngineProcess | None = Non
         app.router.add_route("*", path, _no_such_route)
     app.router.add_route("*", "/{anything:.*}", parts.forwarder.handle)
     app.on_response_prepare.append(only_the_upstreams)
-    app.cleanup_ctx.append(_life(parts, pool, engine_process))
+    app.cleanup_ctx.append(_life(parts, pool))
     return app
 
 
@@ -130,43 +120,23 @@ def _own_routes(parts: Parts, guard: Guard, access: Access, pool: TaskRoutes) ->
         pool,
         FailureRoutes(access),
         RetentionRoutes(parts.retention),
-        PolicyRoutes(access, parts.switch),
-        StateRoutes(
-            access,
-            writer=parts.writer,
-            switch=parts.switch,
-            hold=parts.hold,
-            engine=parts.engine,
-            metrics=parts.metrics,
-        ),
+        PolicyRoutes(access, parts.policies),
+        StateRoutes(access, writer=parts.writer, policies=parts.policies, metrics=parts.metrics),
     )
     return [route for kind in of_each_kind for route in kind.routes()]
 
 
-def _build(settings: Settings, upstream_url: str | None) -> Parts:
-    if upstream_url is None:
-        raise ConfigError(
-            "nothing to forward to: give --upstream URL (an engine that runs) or --model PATH (we start vLLM)"
-        )
+def _build(settings: Settings, processes: Mapping[str, EngineProcess]) -> Parts:
     proxy = settings.proxy
-    metrics, hold, tasks = Metrics(), Hold(), Tasks()
+    metrics, tasks = Metrics(), Tasks()
     writer = Writer(
         settings.store.db,
         synchronous=settings.store.synchronous,
         busy_timeout_s=settings.store.busy_timeout_s,
     )
     reader, lookups = Reader(settings), Reader(settings)
-    engine = Engine(upstream_url, proxy.upstream_api_key)
-    upstreams = _endpoints(settings, upstream_url, engine)
-    switch = Switch(
-        policy=settings.policy.name,
-        engine=engine,
-        hold=hold,
-        writer=writer,
-        metrics=metrics,
-        tasks=tasks,
-        tolerance=settings.train.verify_tolerance,
-    )
+    upstreams = _endpoints(settings, processes)
+    policies = _policies(settings, upstreams, processes, writer=writer, metrics=metrics, tasks=tasks)
     redactor = Redactor.of(settings.redaction)
     attributor = Attributor(
         lambda key: lookups(lambda store: store.owner_of_key(key)),
@@ -175,8 +145,7 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
     )
     forwarder = Forwarder(
         upstreams=upstreams,
-        hold=hold,
-        switch=switch,
+        policies=policies,
         attributor=attributor,
         recorder=Recorder(writer, metrics, timeout_s=proxy.commit_timeout_s),
         findings=Findings(settings.failures),
@@ -186,17 +155,15 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
         exploration=Exploration(settings.exploration),
         redactor=redactor,
     )
-    _watch(metrics, hold, writer, lambda: switch.version_of(settings.policy.name))
+    _watch(metrics, policies, writer)
     return Parts(
         settings,
         metrics,
-        hold,
         writer,
         reader,
         lookups,
         upstreams,
-        engine,
-        switch,
+        policies,
         attributor,
         tasks,
         forwarder,
@@ -205,49 +172,97 @@ def _build(settings: Settings, upstream_url: str | None) -> Parts:
     )
 
 
-def _endpoints(settings: Settings, upstream_url: str, engine: Engine) -> Upstreams:
-    proxy = settings.proxy
-    upstream = Upstream(upstream_url, proxy.upstream_api_key, proxy.token)
+def _endpoints(settings: Settings, processes: Mapping[str, EngineProcess]) -> Upstreams:
+    """Where calls go: first by role, then by the policies' names, then by other models."""
+    proxy, main = settings.proxy, settings.policy.name
+    url = processes[main].url if main in processes else proxy.upstream
+    if url is None:
+        raise ConfigError(
+            "nothing to forward to: give --upstream URL (an engine that runs) or --model PATH (we start vLLM)"
+        )
+    engine = Engine(url, proxy.upstream_api_key)
+    further = {
+        each.name: endpoint_of(_upstream_of(each, processes.get(each.name)), proxy.token)
+        for each in settings.policies
+    }
+    by_role = {role: further[each.name] for each in settings.policies if each.route for role in each.roles}
+    for endpoint in by_role.values():
+        endpoint.also_for = main
     return Upstreams(
-        Endpoint(upstream, engine, proxy.capture),
-        [endpoint_of(one, proxy.token) for one in settings.upstreams],
+        Endpoint(Upstream(url, proxy.upstream_api_key, proxy.token), engine, proxy.capture),
+        [*further.values(), *(endpoint_of(one, proxy.token) for one in settings.upstreams)],
+        by_role,
     )
 
 
-def _watch(metrics: Metrics, hold: Hold, writer: Writer, version: Callable[[], int | None]) -> None:
+def _upstream_of(policy: FurtherPolicySettings, process: EngineProcess | None) -> UpstreamSettings:
+    url = process.url if process is not None else policy.upstream
+    if url is None:
+        raise ConfigError(f"nothing serves the policy {policy.name!r}: give its upstream in [[policies]]")
+    return UpstreamSettings(
+        models=(policy.name,),
+        url=url,
+        api_key_env=policy.api_key_env,
+        api_key_file=policy.api_key_file,
+        capture=policy.capture,
+    )
+
+
+def _policies(
+    settings: Settings,
+    upstreams: Upstreams,
+    processes: Mapping[str, EngineProcess],
+    *,
+    writer: Writer,
+    metrics: Metrics,
+    tasks: Tasks,
+) -> Policies:
+    """The policies at their endpoints, that of ``[policy]`` first."""
+    names = policy_names(settings)
+    served = []
+    for name, endpoint in zip(names, (upstreams.main, *upstreams.others), strict=False):
+        own = for_policy(settings, name)
+        hold = Hold()
+        switch = Switch(
+            policy=name,
+            engine=endpoint.engine,
+            hold=hold,
+            writer=writer,
+            metrics=metrics,
+            tasks=tasks,
+            tolerance=own.train.verify_tolerance,
+        )
+        endpoint.served = Served(own, endpoint.engine, hold, switch, processes.get(name))
+        served.append(endpoint.served)
+    return Policies(served[0], served[1:])
+
+
+def _watch(metrics: Metrics, policies: Policies, writer: Writer) -> None:
     """Numbers that are read when somebody looks."""
-    metrics.watch("held_calls", "Calls waiting for the engine", lambda: hold.waiting)
+    metrics.watch("held_calls", "Calls waiting for an engine", lambda: policies.waiting)
     metrics.watch("spans_pending", "Spans waiting to be committed", lambda: writer.pending)
     metrics.watch("spans_dropped", "Spans given up because too many waited", lambda: writer.dropped)
-    metrics.watch("policy_version", "Version that the engine runs, -1 where unknown",
-                  lambda: -1 if (v := version()) is None else v)  # fmt: skip
 
+    def version(served: Served) -> float:
+        return -1 if (runs := served.switch.version) is None else runs
 
-def open_store(settings: Settings) -> Store:
-    """The store that the settings name."""
-    store = Store.open(
-        settings.store.db,
-        synchronous=settings.store.synchronous,
-        busy_timeout_s=settings.store.busy_timeout_s,
+    metrics.watch_each(
+        "policy_version",
+        "Version that the engine runs, -1 where unknown",
+        "policy",
+        {each.policy: functools.partial(version, each) for each in policies},
     )
-    store.rule = RewardRule(
-        settings.reward_weights, settings.train.late_rewards == "retrain", settings.reward_roles
-    )
-    return store
 
 
 # -- life --------------------------------------------------------------------------------------
 
 
-def _life(
-    parts: Parts, pool: TaskRoutes, engine_process: EngineProcess | None
-) -> Callable[[web.Application], Any]:
+def _life(parts: Parts, pool: TaskRoutes) -> Callable[[web.Application], Any]:
     async def life(app: web.Application) -> Any:
         parts.writer.start()
         await parts.upstreams.start()
-        await _register_model(parts)
-        if engine_process is None:
-            await _begin_with_active(parts)
+        for served in parts.policies:
+            await served.begin(parts.writer, parts.tasks)
         silence_s = parts.settings.failures.silence_s
         parts.tasks.spawn("silent rollouts", watch_for_silence(parts.writer, silence_s))
         parts.tasks.spawn("look after the task pool", pool.sweep_now_and_then())
@@ -262,42 +277,6 @@ def _life(
         parts.lookups.close()
 
     return life
-
-
-async def _register_model(parts: Parts) -> None:
-    """The weights that the user brought are version 0."""
-    policy = parts.settings.policy
-    if policy.model is not None:
-        path = str(policy.model.resolve())
-        await parts.writer.submit(lambda store: store.add_base_version(policy.name, path))
-
-
-async def _begin_with_active(parts: Parts) -> None:
-    """Version 0 is what the engine was started with; any other has to be loaded again.
-
-    So has version 0 where there are others: a proxy that died in mid-change leaves the engine
-    paused, or on weights that are not the active ones.
-    """
-    policy = parts.settings.policy.name
-    versions = await parts.writer.submit(lambda store: store.list_versions(policy))
-    active = next((version for version in versions if version.status is VersionStatus.ACTIVE), None)
-    if active is None or len(versions) == 1:
-        parts.switch.started_with(active)
-        return
-    parts.hold.close(RESTORING)
-    parts.tasks.spawn("restore the active version", _restore(parts))
-
-
-async def _restore(parts: Parts) -> None:
-    """Bring an engine that somebody else started to the active version, once it answers."""
-    try:
-        await parts.engine.answers()
-        await parts.switch.restore_active()
-    except (EngineError, PublishFailed) as error:
-        log.error("the engine does not run the active version of the policy: %s", error)
-        parts.switch.lost()
-    finally:
-        parts.hold.release(RESTORING)
 
 
 # -- the door: errors of ours and tokens ---------------------------------------------------------
@@ -349,8 +328,8 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> None:
 
 
 async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
-    engine_process = _engine_process(settings) if settings.proxy.upstream is None else None
-    app = create_app(settings, engine_process=engine_process)
+    processes = _engine_processes(settings)
+    app = create_app(settings, processes=processes)
     parts = app[PARTS]
     runner = web.AppRunner(app, handler_cancellation=True, auto_decompress=False, access_log=None)
     await runner.setup()
@@ -360,10 +339,13 @@ async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
         loop.add_signal_handler(number, stop.set)
     try:
         await listen(runner, settings, parts)
-        announce(_greeting(parts, engine_process))
+        announce(_greeting(parts))
         waiting = [parts.tasks.spawn("until told to stop", stop.wait())]
-        if engine_process is not None:
-            waiting.append(parts.tasks.spawn("vLLM", _supervise(engine_process, parts)))
+        waiting += [
+            parts.tasks.spawn(f"vLLM of {served.policy}", served.supervise(parts.writer))
+            for served in parts.policies
+            if served.process is not None
+        ]
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for ended in done:
             ended.result()  # EngineDied, where the engine was given up
@@ -383,50 +365,25 @@ async def listen(runner: web.AppRunner, settings: Settings, parts: Parts) -> Non
     parts.base_url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _greeting(parts: Parts, engine_process: EngineProcess | None) -> str:
-    behind = "vLLM (starting)" if engine_process else parts.upstreams.main.upstream.base
+def _greeting(parts: Parts) -> str:
+    main, *others = parts.policies
+    behind = "vLLM (starting)" if main.process else parts.upstreams.main.upstream.base
+    further = f"\n  policies: {', '.join(each.policy for each in (main, *others))}" if others else ""
     return (
         f"lightning-proxy listens on {parts.base_url} before {behind}; "
-        f"spans go to {parts.settings.store.db}\n"
+        f"spans go to {parts.settings.store.db}{further}\n"
         f"  agents:  export OPENAI_BASE_URL={parts.base_url}/v1    # or ANTHROPIC_BASE_URL={parts.base_url}"
     )
 
 
-def _engine_process(settings: Settings) -> EngineProcess:
-    model = settings.policy.model
-    if model is None:
-        raise ConfigError(
-            "nothing to forward to: give --upstream URL (an engine that runs) or --model PATH (we start vLLM)"
-        )
-    if not (model / "config.json").is_file():
-        raise ConfigError(f"{model} holds no config.json: a directory in Hugging Face's layout is needed")
-
-    def weights() -> Path:
-        with open_store(settings) as store:
-            active = store.active_version(settings.policy.name)
-        return Path(active.path) if active is not None else model.resolve()
-
-    return EngineProcess(settings.engine, policy=settings.policy.name, model=weights, port=_free_port())
-
-
-async def _supervise(engine_process: EngineProcess, parts: Parts) -> None:
-    parts.hold.close(STARTING)
-
-    async def ready() -> None:
-        policy = parts.settings.policy.name
-        parts.switch.started_with(await parts.writer.submit(lambda store: store.active_version(policy)))
-        parts.hold.release(STARTING)
-        log.info("vLLM is ready")
-
-    async def down() -> None:
-        parts.hold.close(STARTING)
-
-    engine_process.on_ready, engine_process.on_down = ready, down
-    await engine_process.run()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _engine_processes(settings: Settings) -> dict[str, EngineProcess]:
+    """vLLM, not started yet, for each policy that no upstream serves."""
+    main = settings.policy.name
+    processes = {}
+    if settings.proxy.upstream is None:
+        processes[main] = engine_process(for_policy(settings, main))
+    for each in settings.policies:
+        if each.upstream is None:
+            own = for_policy(settings, each.name)
+            processes[each.name] = engine_process(own, shown_as=main if each.route else None)
+    return processes

@@ -70,9 +70,12 @@ async def _nothing() -> None:
     return
 
 
-def vllm_command(settings: EngineSettings, policy: str, model: Path, port: int) -> EngineCommand:
+def vllm_command(
+    settings: EngineSettings, policy: str, model: Path, port: int, *, shown_as: str | None = None
+) -> EngineCommand:
     """vLLM's OpenAI server for the weights in ``model``, under the name ``policy``.
 
+    ``shown_as``: another name that it takes, and that its answers show whichever was asked for.
     MissingExtra if vLLM is not installed; ConfigError if ``engine.args`` sets what is ours to set.
     """
     if importlib.util.find_spec("vllm") is None:
@@ -87,7 +90,7 @@ def vllm_command(settings: EngineSettings, policy: str, model: Path, port: int) 
             "head that a change of weights does not reach, so new versions will be rejected; untie the "
             "head, or serve it on a GPU", model,
         )  # fmt: skip
-    return build_command(settings, policy, model, port, cpu=cpu)
+    return build_command(settings, policy, model, port, cpu=cpu, shown_as=shown_as)
 
 
 def has_tied_head(model: Path) -> bool:
@@ -100,7 +103,13 @@ def has_tied_head(model: Path) -> bool:
 
 
 def build_command(
-    settings: EngineSettings, policy: str, model: Path, port: int, *, cpu: bool
+    settings: EngineSettings,
+    policy: str,
+    model: Path,
+    port: int,
+    *,
+    cpu: bool,
+    shown_as: str | None = None,
 ) -> EngineCommand:
     """The command line and environment. The user's own arguments and variables replace our defaults."""
     chosen = {_option_name(word) for word in settings.args if word.startswith("--")}
@@ -111,7 +120,8 @@ def build_command(
         )
     defaults = (*_ALWAYS_ARGS, *(_CPU_ARGS if cpu else ()))
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    argv += ["--served-model-name", policy, "--host", "127.0.0.1", "--port", str(port)]
+    argv += ["--served-model-name", *([shown_as] if shown_as else []), policy]  # answers show the first
+    argv += ["--host", "127.0.0.1", "--port", str(port)]
     argv += [word for option in defaults if _option_name(option[0]) not in chosen for word in option]
     env = {"VLLM_NO_USAGE_STATS": "1", **(_CPU_ENV if cpu else {}), **os.environ, **settings.env}
     env["VLLM_SERVER_DEV_MODE"] = "1"  # the routes through which weights are changed

@@ -27,13 +27,12 @@ from .encoding import decoded
 from .exploration import EXPLORED, Exploration, explored
 from .failures import class_without_answer
 from .findings import Findings
-from .hold import Hold
 from .keys import Attributor
 from .metrics import Metrics
 from .problem import problem, unreachable
 from .recorder import Recorder
 from .redaction import REDACTED, secrets_of
-from .switch import Switch
+from .served import Policies
 from .tasks import Tasks
 from .upstream import Upstream, read_out, reset_at_the_end, response_headers
 from .upstreams import Endpoint, Upstreams
@@ -67,8 +66,7 @@ class Forwarder:
         self,
         *,
         upstreams: Upstreams,
-        hold: Hold,
-        switch: Switch,
+        policies: Policies,
         attributor: Attributor,
         recorder: Recorder,
         findings: Findings,
@@ -79,8 +77,7 @@ class Forwarder:
         redactor: Redactor | None = None,
     ) -> None:
         self._upstreams = upstreams
-        self._hold = hold
-        self._switch = switch
+        self._policies = policies
         self._attributor = attributor
         self._recorder = recorder
         self._findings = findings
@@ -115,10 +112,10 @@ class Forwarder:
             return await self._captured(request, split, wire)
 
     async def _held_too_long(self, endpoint: Endpoint) -> web.Response | None:
-        """Wait while the main endpoint cannot take calls; the refusal, where that took too long."""
-        if endpoint is not self._upstreams.main or await self._hold.passed(self._hold_timeout_s):
+        """Wait while the policy at an endpoint cannot take calls; the refusal, where that took too long."""
+        if endpoint.served is None or await endpoint.served.hold.passed(self._hold_timeout_s):
             return None
-        why = " and ".join(self._hold.reasons)
+        why = " and ".join(endpoint.served.hold.reasons)
         answer = problem(503, "held_too_long", f"the model did not become available in time: {why}")
         answer.headers["Retry-After"] = "5"
         return answer
@@ -161,7 +158,7 @@ class Forwarder:
 
     async def _captured(self, request: web.Request, split: SplitPath, wire: Wire) -> web.StreamResponse:
         received = await self._receive(request)
-        endpoint = self._upstreams.of(received.request.get("model"))
+        endpoint = await self._endpoint_for(request, split, wire, received.request)
         if (refusal := await self._held_too_long(endpoint)) is not None:
             return refusal
         upstream = endpoint.upstream
@@ -189,6 +186,18 @@ class Forwarder:
                     call, ErrorClass.CLIENT_DISCONNECT if left else ErrorClass.PROXY_FAULT, repr(gone)
                 )
             raise
+
+    async def _endpoint_for(
+        self, request: web.Request, split: SplitPath, wire: Wire, asked: Json
+    ) -> Endpoint:
+        """By the model; by the role too, where the roles of one model are served by several policies."""
+        model = asked.get("model")
+        if not self._upstreams.role_matters(model):
+            return self._upstreams.of(model)
+        role = await self._attributor.role_of(
+            split.attribution, request.headers, wire=wire.name, request=asked
+        )
+        return self._upstreams.of(model, role)
 
     async def _open(
         self,
@@ -225,9 +234,7 @@ class Forwarder:
         endpoint: Endpoint,
         headers: Mapping[str, str],
     ) -> Call:
-        policy, version = None, None
-        if endpoint is self._upstreams.main:
-            policy, version = self._switch.policy_of(received.request.get("model"))
+        policy, version = endpoint.policy_of(received.request.get("model"))
         attribution = await self._attributor.attribute(
             split.attribution,
             request.headers,
@@ -321,7 +328,7 @@ class Forwarder:
 
     def _span_of(self, call: Call, error_class: ErrorClass | None, error: str | None) -> Span:
         span = call.span(
-            policy_version_end=self._switch.version_of(call.policy), error_class=error_class, error=error
+            policy_version_end=self._policies.version_of(call.policy), error_class=error_class, error=error
         )
         if findings := self._findings.of(span, call.request):
             if span.redacted is not None:  # their words are out of what was taken out

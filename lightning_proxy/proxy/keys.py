@@ -69,10 +69,23 @@ class Attributor:
             found = await self._by_key(headers) or from_native_ids(headers, request)
         if found is None:
             found = await self._by_conversation(wire, request, body, retry)
-        role = found.role or role_or_none(headers.get("X-Role")) or self._roles.role_of(wire, request)
+        role = found.role or self._named_role(headers, wire, request)
         if role == found.role and retry == found.retry:
             return found
         return replace(found, role=role, retry=retry)
+
+    async def role_of(
+        self, by_path: Attribution | None, headers: Mapping[str, str], *, wire: str, request: Json
+    ) -> str | None:
+        """The role that :meth:`attribute` will find, told before the call is anybody's: it may have to wait.
+
+        Neither the agents' own ids nor conversations name roles.
+        """
+        found = by_path or from_headers(headers) or await self._by_key(headers)
+        return (found and found.role) or self._named_role(headers, wire, request)
+
+    def _named_role(self, headers: Mapping[str, str], wire: str, request: Json) -> str | None:
+        return role_or_none(headers.get("X-Role")) or self._roles.role_of(wire, request)
 
     async def _by_conversation(self, wire: str, request: Json, body: bytes, retry: int) -> Attribution:
         lineage = self._lineage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -77,6 +77,12 @@ class Metrics:
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Show a number that is read when somebody looks."""
         Gauge(f"lightning_{name}", text, registry=self._registry).set_function(value)
+
+    def watch_each(self, name: str, text: str, label: str, values: Mapping[str, Callable[[], float]]) -> None:
+        """Show several numbers of one name, told apart by a label, that are read when somebody looks."""
+        gauge = Gauge(f"lightning_{name}", text, (label,), registry=self._registry)
+        for of, value in values.items():
+            gauge.labels(of).set_function(value)
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -19,7 +19,6 @@ from lightning_proxy.errors import (
     EngineRefused,
     LightningError,
     PublishFailed,
-    UnknownTarget,
 )
 from lightning_proxy.store import PolicyVersion, Store, VersionStatus, Writer
 
@@ -44,7 +43,7 @@ class Promotion:
 
 
 class Switch:
-    """Knows which version the engine runs, and changes it, one change at a time."""
+    """Knows which version of its policy the engine runs, and changes it, one change at a time."""
 
     def __init__(
         self,
@@ -72,15 +71,10 @@ class Switch:
 
     # -- what calls are stamped with --------------------------------------------------------
 
-    def policy_of(self, model: object) -> tuple[str | None, int | None]:
-        """The policy and version that a call for ``model`` is answered by; None: not ours."""
-        if model != self.policy or self._lost:
-            return None, None
-        return self.policy, self.version_of(self.policy)
-
-    def version_of(self, policy: str | None) -> int | None:
-        """The version that runs now, for a call that went to ``policy``."""
-        if policy is None or self._lost:
+    @property
+    def version(self) -> int | None:
+        """The version that runs now; ``None`` where that is not known."""
+        if self._lost:
             return None
         return self._serving.version if self._serving is not None else 0
 
@@ -118,29 +112,28 @@ class Switch:
                     self._runs(active)  # weights that cannot be changed are those it began with
                 await self._verify(active)
 
-    async def promote(self, policy: str, version: int) -> Promotion:
-        """Let a version take over.
+    async def promote(self, version: int) -> Promotion:
+        """Let a version of this switch's policy take over.
 
         Raises UnknownTarget, Conflict (a rejected one), EngineError (the engine is as before), or
         PublishFailed (its logprobs were wrong: it is rejected and the former version is back).
         """
-        if policy != self.policy:
-            raise UnknownTarget(f"no policy {policy!r} is served here: it is {self.policy!r}")
         # Whoever asked may hang up: a change that has begun is brought to its end all the same.
-        change = self._tasks.spawn(f"promotion of version {version}", self._outcome(policy, version))
+        change = self._tasks.spawn(f"promotion of version {version} of {self.policy}", self._outcome(version))
         outcome: Promotion | LightningError = await asyncio.shield(change)
         if isinstance(outcome, LightningError):
             raise outcome
         return outcome
 
-    async def _outcome(self, policy: str, version: int) -> Promotion | LightningError:
+    async def _outcome(self, version: int) -> Promotion | LightningError:
         try:
-            return await self._promote(policy, version)
+            return await self._promote(version)
         except LightningError as error:
-            log.warning("version %d of %s did not take over: %s", version, policy, error)
+            log.warning("version %d of %s did not take over: %s", version, self.policy, error)
             return error
 
-    async def _promote(self, policy: str, version: int) -> Promotion:
+    async def _promote(self, version: int) -> Promotion:
+        policy = self.policy
         async with self._one_at_a_time:
             target = await self._writer.submit(lambda store: store.get_version(policy, version))
             if target.status is VersionStatus.REJECTED:
@@ -153,14 +146,14 @@ class Switch:
         log.info("version %d of %s took over in %.3f s", version, policy, seconds)
         return Promotion(policy, version, VersionStatus.ACTIVE.value, seconds, difference)
 
-    async def rollback(self, policy: str, version: int | None) -> Promotion:
-        """Go back to a version; by default to the parent of the active one."""
+    async def rollback(self, version: int | None) -> Promotion:
+        """Go back to a version; by default to the parent of the active one. Raises as ``promote``."""
         if version is None:
-            active = await self._writer.submit(lambda store: store.active_version(policy))
+            active = await self._writer.submit(lambda store: store.active_version(self.policy))
             if active is None or active.parent is None:
-                raise Conflict(f"policy {policy!r} has no earlier version to go back to")
+                raise Conflict(f"policy {self.policy!r} has no earlier version to go back to")
             version = active.parent
-        return await self.promote(policy, version)
+        return await self.promote(version)
 
     async def _take_over(self, target: PolicyVersion) -> float | None:
         former, was_lost = self._serving, self._lost

@@ -1,4 +1,4 @@
-"""Which endpoint a call goes to: by its model, to one that the settings name, else to the main one."""
+"""Which endpoint a call goes to: by role or model, to one that the settings name, else to the main one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from lightning_proxy.config import UpstreamSettings
@@ -13,6 +14,7 @@ from lightning_proxy.errors import ConfigError
 
 from .engine import Engine
 from .providers import ProviderServer
+from .served import Served
 from .upstream import Upstream
 from .wires import Wire
 from .wires.base import Json
@@ -22,6 +24,7 @@ from .wires.responses import ResponsesWire
 from .wires.responses_tools import special_tools
 
 _REMEMBERED = 1000  # models
+_NOWHERE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -33,6 +36,16 @@ class Endpoint:
     capture: str  # `proxy.capture`
     models: tuple[str, ...] = ()  # names and patterns; the main endpoint takes what is left
     provider: ProviderServer | None = None
+    served: Served | None = None  # the policy that runs there
+    also_for: str | None = None  # another policy's name, whose calls of some roles come here
+
+    def policy_of(self, model: object) -> tuple[str | None, int | None]:
+        """The policy and version that a call for ``model`` is answered by; None: not ours, or not known."""
+        served = self.served
+        if served is None or not isinstance(model, str) or model not in (served.policy, self.also_for):
+            return None, None
+        version = served.switch.version
+        return (None, None) if version is None else (served.policy, version)
 
     async def gives_tokens(self, headers: Mapping[str, str]) -> bool:
         """Whether it can be asked for token ids. ``headers``: the agent's, with the key to ask by."""
@@ -74,15 +87,27 @@ class Endpoint:
 
 
 class Upstreams:
-    """All endpoints. The first whose models fit takes a call."""
+    """All endpoints. The first whose models fit takes a call.
 
-    def __init__(self, main: Endpoint, others: Sequence[Endpoint] = ()) -> None:
+    ``by_role``: where calls of a role go though they ask for the main endpoint's policy.
+    """
+
+    def __init__(
+        self, main: Endpoint, others: Sequence[Endpoint] = (), by_role: Mapping[str, Endpoint] = _NOWHERE
+    ) -> None:
         self.main = main
         self.others = tuple(others)
+        self._by_role = dict(by_role)
         self._by_model: dict[str, Endpoint] = {}
 
-    def of(self, model: object) -> Endpoint:
-        """The endpoint for a model."""
+    def role_matters(self, model: object) -> bool:
+        """Whether the endpoint for a model depends on the role."""
+        return bool(self._by_role) and self.main.served is not None and model == self.main.served.policy
+
+    def of(self, model: object, role: str | None = None) -> Endpoint:
+        """The endpoint for a model, and for a role where that matters."""
+        if role is not None and role in self._by_role and self.role_matters(model):
+            return self._by_role[role]
         if not self.others or not isinstance(model, str):
             return self.main
         found = self._by_model.get(model)

@@ -126,7 +126,7 @@ def _terms(settings: Settings, parent: PolicyVersion | None) -> Terms:
         version=None if parent is None else parent.version,
         oldest_version=0 if parent is None else parent.version - settings.train.max_version_age,
         sampling_defaults=engine_defaults(model),
-        rule=RewardRule(settings.reward_weights, roles=settings.reward_roles),
+        rule=RewardRule(**settings.reward_rule),
         normalised_prompts=settings.train.group_prompts == "normalised",
     )
 

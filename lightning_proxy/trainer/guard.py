@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from lightning_proxy.config.settings import GuardSettings
+from lightning_proxy.config.train import GuardSettings
 from lightning_proxy.errors import CheckpointInvalid
 
 _STANDARD_ERRORS = 3

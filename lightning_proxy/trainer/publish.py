@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
-from lightning_proxy.config.settings import TrainSettings
+from lightning_proxy.config.policies import directory_of
+from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.errors import CheckpointInvalid, PublishFailed
 from lightning_proxy.store import PolicyVersion, VersionStatus
 from lightning_proxy.trainer.backend import Backend
@@ -161,7 +162,7 @@ def clear_away(
 
 
 def _policy_directory(settings: TrainSettings, policy: str) -> Path:
-    return settings.runs_dir.resolve() / policy.replace("/", "--")
+    return settings.runs_dir.resolve() / directory_of(policy)
 
 
 def _make_durable(directory: Path) -> None:

@@ -64,11 +64,14 @@ def train_once(
 class Trainer:
     """Passes of one process, with the update engine kept warm between them."""
 
-    def __init__(self, settings: Settings, *, store: Store, progress: Progress) -> None:
+    def __init__(
+        self, settings: Settings, *, store: Store, progress: Progress, warm: WarmBackend | None = None
+    ) -> None:
+        """``warm``: an engine that this trainer shares with those of other policies."""
         self._settings = settings
         self._store = store
         self._progress = progress
-        self._warm = WarmBackend()
+        self._warm = warm or WarmBackend()
 
     def train_once(self, *, dry_run: bool = False) -> TrainReport:
         """As the function of that name."""

@@ -60,9 +60,7 @@ class Pass:
     def __init__(self, settings: Settings, store: Store, progress: Progress) -> None:
         self.settings = settings
         self.store = store
-        store.rule = RewardRule(
-            settings.reward_weights, settings.train.late_rewards == "retrain", settings.reward_roles
-        )
+        store.rule = RewardRule(**settings.reward_rule)
         self.progress = progress
         self.policy = settings.policy.name
         self.clock = Stopwatch()

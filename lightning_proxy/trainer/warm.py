@@ -13,23 +13,28 @@ from lightning_proxy.trainer.publish import Lineage, read_lineage, state_directo
 
 
 class WarmBackend:
-    """An update engine and the version whose weights it holds. In the middle of an update: no version's."""
+    """An update engine and the version whose weights it holds. In the middle of an update: no version's.
+
+    There is one at a time, whatever the number of policies: another policy's takes its place.
+    """
 
     def __init__(self) -> None:
         self._backend: Backend | None = None
+        self._policy = ""
         self._version: int | None = None
         self.lineage: Lineage | None = None
         self.optimizer = ""
 
     def at(self, settings: Settings, parent: PolicyVersion) -> Backend:
         """The engine with the weights and the optimiser of this version, loaded unless it has them."""
-        if self._backend is not None and self._version == parent.version:
+        holds = (self._policy, self._version)
+        if self._backend is not None and holds == (parent.policy, parent.version):
             self._version = None
             self.optimizer = "carried over"
             return self._backend
         self.discard()
         train = settings.train
-        self._backend = open_backend(train, Path(parent.path))
+        self._backend, self._policy = open_backend(train, Path(parent.path)), parent.policy
         saved = read_lineage(parent)
         misfit = "there is no saved state" if saved is None else saved.misfit(train)
         if saved is not None and misfit is None:

@@ -520,3 +520,50 @@ def test_serve_says_when_calls_can_come(proxy_process: Any) -> None:
     with urllib.request.urlopen(f"{proxy_process.url}/readyz", timeout=5) as response:
         assert response.status == 200
     assert proxy_process.terminate() == 0
+
+
+# --- several policies ---------------------------------------------------------------------------
+
+TWO_POLICIES = """
+[train]
+min_rollouts = 2
+[[policies]]
+name = "checker"
+model = "models/checker"
+train = { min_rollouts = 3 }
+"""
+
+
+def test_every_policy_has_a_pass_and_the_worst_of_them_is_the_exit_code(db: Path) -> None:
+    Path("lightning.toml").write_text(TWO_POLICIES)
+    said = ok("train")
+    assert "policy: nothing: 1 rewarded rollouts wait, [train] min_rollouts asks for 2" in said
+    assert "checker: nothing: 0 rewarded rollouts wait, [train] min_rollouts asks for 3" in said
+    assert [each["policy"] for each in as_json("train")] == ["policy", "checker"]
+    assert [each["outcome"] for each in as_json("train", "--dry-run")] == ["dry_run", "dry_run"]
+    assert cli("train", "--require-update").exit_code == 3
+    with Store.open(db) as store:
+        store.begin_run("policy", owner="elsewhere:42", lease_s=60)
+    failed = cli("train", "--json", "--require-update")
+    assert failed.exit_code == 1
+    first, second = json.loads(failed.stdout)
+    assert (first["policy"], first["outcome"]) == ("policy", "failed")
+    assert "elsewhere:42" in first["message"]
+    assert (second["policy"], second["outcome"]) == ("checker", "nothing")
+
+
+def test_one_policy_can_be_chosen(db: Path) -> None:
+    Path("lightning.toml").write_text(TWO_POLICIES)
+    assert ok("train", "--policy", "checker").startswith("nothing: 0 rewarded rollouts wait")
+    assert as_json("train", "--policy", "checker")["policy"] == "checker"
+    assert "there are 'policy', 'checker'" in refused("train", "--policy", "chekcer", code=2)
+
+
+def test_the_status_tells_of_every_policy(db: Path) -> None:
+    Path("lightning.toml").write_text(TWO_POLICIES)
+    said = ok("status")
+    assert "policy      policy: " in said
+    assert "policy      checker: no version yet" in said
+    assert said.count("to train on") == said.count("last run") == 2
+    further = as_json("status")["store"]["further_policies"]
+    assert further["checker"]["backlog"]["rollouts_ready"] == 0

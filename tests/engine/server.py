@@ -44,6 +44,7 @@ class FakeEngine:
         *,
         model: Model | None = None,
         name: str = "policy",
+        also: Sequence[str] = (),
         owner: str = "vllm",
         weights: Path | None = None,
         refuse_token_ids: bool = False,
@@ -54,7 +55,8 @@ class FakeEngine:
         base = model or Model()
         loaded = weights_of(weights) if weights else base.weights
         self.model = Model(base.tokens, base.bytes_per_token, loaded)
-        self.name = name
+        self.name = name  # which answers show, as vLLM's show the first of --served-model-name
+        self.also = tuple(also)
         self.owner = owner
         self.root = str(weights) if weights else name
         self.refuse_token_ids = refuse_token_ids
@@ -195,7 +197,7 @@ class FakeEngine:
         if path == RESPONSES and (wrong := responses.refusal(body)) is not None:
             return 400, shapes.error(400, wrong)
         wanted = body.get("model")
-        if wanted is not None and wanted != self.name:
+        if wanted is not None and wanted not in (self.name, *self.also):
             why, kind = f"The model `{wanted}` does not exist.", "NotFoundError"
             return 404, messages.error(why, kind) if path == MESSAGES else shapes.error(404, why, kind)
         return None

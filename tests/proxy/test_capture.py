@@ -279,7 +279,7 @@ def test_the_metrics_count_what_happened(engine: EngineThread, proxy: ProxyThrea
         'lightning_upstream_errors_total{error_class="rate_limited"}': 1,
         "lightning_call_seconds_count": 3,
         "lightning_commit_seconds_count": 3,
-        "lightning_policy_version": 0,
+        'lightning_policy_version{policy="policy"}': 0,
         "lightning_held_calls": 0,
         "lightning_spans_pending": 0,
     }

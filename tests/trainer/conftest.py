@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lightning_proxy.config.settings import TrainSettings
+from lightning_proxy.config.train import TrainSettings
 from tests.trainer.recording import Logprobs
 
 if TYPE_CHECKING:

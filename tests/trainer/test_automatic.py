@@ -11,7 +11,8 @@ import orjson
 import pytest
 
 from lightning_proxy.config import Settings
-from lightning_proxy.config.settings import PolicySettings, StoreSettings, TrainSettings
+from lightning_proxy.config.settings import PolicySettings, StoreSettings
+from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.errors import ConfigError
 from lightning_proxy.store import ErrorClass, Finding, Reward, RolloutState, Store
 from lightning_proxy.trainer.automatic import AutomaticRewards, Entered

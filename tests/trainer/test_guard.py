@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_proxy.config.settings import GuardSettings
+from lightning_proxy.config.train import GuardSettings
 from lightning_proxy.errors import CheckpointInvalid
 from lightning_proxy.trainer.guard import Look, best_of, check_probe, check_steps, collapse
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_proxy.config.settings import TrainSettings
+from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.errors import CheckpointInvalid, PublishFailed
 from lightning_proxy.store import PolicyVersion, Store, VersionStatus
 from lightning_proxy.trainer.publish import (

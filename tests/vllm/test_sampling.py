@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_proxy.config.settings import TrainSettings
+from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.trainer.batches import Rows, pack
 from lightning_proxy.trainer.trajectories import merge
 from lightning_proxy.trainer.transitions import LeftOut, Terms, transitions_of

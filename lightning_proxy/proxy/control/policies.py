@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from lightning_proxy.errors import InvalidInput
-from lightning_proxy.proxy.switch import Switch
+from lightning_proxy.proxy.served import Policies
 from lightning_proxy.store import as_json
 
 from .access import Access
@@ -17,9 +17,9 @@ from .requests import answer, fields_of, limit_of, read_json, whole
 class PolicyRoutes:
     """Policies and the runs that made their versions."""
 
-    def __init__(self, access: Access, switch: Switch) -> None:
+    def __init__(self, access: Access, policies: Policies) -> None:
         self._access = access
-        self._switch = switch
+        self._policies = policies
 
     def routes(self) -> list[web.RouteDef]:
         """The routes of this file."""
@@ -46,7 +46,7 @@ class PolicyRoutes:
     async def promote(self, request: web.Request) -> web.Response:
         """Let a version take over; answers when it has, or says why it could not."""
         version = whole(request.match_info["version"], "a version")
-        return answer(as_json(await self._switch.promote(request.match_info["policy"], version)))
+        return answer(as_json(await self._policies.of(request.match_info["policy"]).switch.promote(version)))
 
     async def rollback(self, request: web.Request) -> web.Response:
         """Go back to ``{"version": n}``, by default to the parent of the active version."""
@@ -54,7 +54,7 @@ class PolicyRoutes:
         version = posted.get("version")
         if version is not None and (not isinstance(version, int) or isinstance(version, bool)):
             raise InvalidInput(f"version is {version!r}: a whole number is needed")
-        return answer(as_json(await self._switch.rollback(request.match_info["policy"], version)))
+        return answer(as_json(await self._policies.of(request.match_info["policy"]).switch.rollback(version)))
 
     async def list_runs(self, request: web.Request) -> web.Response:
         """Training runs, newest first."""

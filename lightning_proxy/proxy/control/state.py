@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 from aiohttp import web
 
-from lightning_proxy.proxy.engine import Engine
-from lightning_proxy.proxy.hold import Hold
 from lightning_proxy.proxy.metrics import Metrics
-from lightning_proxy.proxy.switch import Switch
+from lightning_proxy.proxy.served import Policies, Served
 from lightning_proxy.store import Writer
 
 from .access import Access
@@ -17,14 +18,10 @@ from .requests import answer
 class StateRoutes:
     """Counts, health and metrics."""
 
-    def __init__(
-        self, access: Access, *, writer: Writer, switch: Switch, hold: Hold, engine: Engine, metrics: Metrics
-    ) -> None:
+    def __init__(self, access: Access, *, writer: Writer, policies: Policies, metrics: Metrics) -> None:
         self._access = access
         self._writer = writer
-        self._switch = switch
-        self._hold = hold
-        self._engine = engine
+        self._policies = policies
         self._metrics = metrics
 
     def routes(self) -> list[web.RouteDef]:
@@ -39,14 +36,13 @@ class StateRoutes:
     async def stats(self, request: web.Request) -> web.Response:
         """Counts of everything, and what the proxy is doing."""
         counts = await self._access.read(lambda store: store.stats())
-        serving = self._switch.serving
         return answer(
             {
                 **counts,
-                "policy": self._switch.policy,
-                "serving_version": serving.version if serving else None,
-                "held_calls": self._hold.waiting,
-                "held_because": list(self._hold.reasons),
+                **_served(self._policies.main),
+                "held_calls": self._policies.waiting,
+                "held_because": self._policies.held_because,
+                "policies": [_served(each) for each in self._policies],
                 "spans_pending": self._writer.pending,
                 "spans_dropped": self._writer.dropped,
             }
@@ -58,13 +54,29 @@ class StateRoutes:
 
     async def readyz(self, request: web.Request) -> web.Response:
         """Calls go straight through to an engine that answers, and spans are written."""
-        waits_for = list(self._hold.reasons)
+        waits_for = self._policies.held_because
         if not self._writer.healthy:
             waits_for.append(f"the store: {self._writer.last_error}")
-        if not waits_for and not await self._engine.healthy():
-            waits_for.append("the engine does not answer")
+        if not waits_for:
+            engines = list(self._policies)
+            healthy = await asyncio.gather(*(each.engine.healthy() for each in engines))
+            waits_for = [
+                self._policies.about(each, "the engine does not answer")
+                for each, answers in zip(engines, healthy, strict=True)
+                if not answers
+            ]
         return answer({"ready": not waits_for, "waits_for": waits_for}, 503 if waits_for else 200)
 
     async def show_metrics(self, request: web.Request) -> web.Response:
         """Prometheus' text format."""
         return web.Response(body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def _served(policy: Served) -> dict[str, Any]:
+    serving = policy.switch.serving
+    return {
+        "policy": policy.policy,
+        "serving_version": serving.version if serving else None,
+        "held_calls": policy.hold.waiting,
+        "held_because": list(policy.hold.reasons),
+    }

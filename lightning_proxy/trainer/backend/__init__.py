@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
-from lightning_proxy.config.settings import TrainSettings
+from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.errors import MissingExtra
 from lightning_proxy.trainer.advantages import AdvantageEstimator
 from lightning_proxy.trainer.batches import Floats, Rows

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from lightning_proxy.config.settings import TrainSettings
+from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.errors import TrainingError
 from lightning_proxy.trainer.backend.stdout import stdout_to_stderr
 from lightning_proxy.trainer.batches import Floats, Rows
