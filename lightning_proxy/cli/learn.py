@@ -26,8 +26,7 @@ from lightning_proxy.errors import InvalidInput, StoreError, TrainingError
 
 if TYPE_CHECKING:
     from lightning_proxy.config import Settings
-    from lightning_proxy.trainer.report import TrainReport
-    from lightning_proxy.trainer.steps import Progress
+    from lightning_proxy.trainer.report import Progress, TrainReport
 
 NO_UPDATE = 3
 
