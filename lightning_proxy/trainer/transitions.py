@@ -216,7 +216,7 @@ def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -
                     policy_version=span.policy_version,
                     prompt_ids=generation.prompt_token_ids,
                     response_ids=generation.response_token_ids,
-                    logprobs=generation.logprobs if terms.sampled else _told(generation),
+                    logprobs=generation.logprobs if terms.sampled else told_logprobs(generation),
                     sampling=sampling,
                     logprobs_are_raw=raw,
                     policy_version_end=span.policy_version_end,
@@ -287,7 +287,8 @@ def unknown_logprobs(count: int) -> array[float]:
     return array("f", [math.nan]) * count
 
 
-def _told(generation: Generation) -> array[float]:
+def told_logprobs(generation: Generation) -> array[float]:
+    """One per response token; unknown unless the engine told all of them."""
     if _all_told(generation):
         return generation.logprobs
     return unknown_logprobs(len(generation.response_token_ids))

@@ -18,6 +18,7 @@ from lightning_proxy.trainer.transitions import (
     Terms,
     Transition,
     superseded,
+    told_logprobs,
     unknown_logprobs,
     why_not_span,
 )
@@ -98,5 +99,5 @@ def _transition(span: Span, generation: Generation) -> Transition:
         policy_version=None,  # of a demonstration nobody's; of an answer it does not matter
         prompt_ids=generation.prompt_token_ids,
         response_ids=generation.response_token_ids,
-        logprobs=generation.logprobs,
+        logprobs=told_logprobs(generation),
     )

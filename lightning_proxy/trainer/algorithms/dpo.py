@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lightning_proxy.store import PolicyVersion, RecordedRollout
 from lightning_proxy.trainer.algorithms.base import Batch, Bench
 from lightning_proxy.trainer.algorithms.candidates import Candidates, Picked, candidates, key_of
+from lightning_proxy.trainer.algorithms.demonstrations import Demonstrated
 from lightning_proxy.trainer.backend import Backend
 from lightning_proxy.trainer.batches import Floats, Ints, Rows
 from lightning_proxy.trainer.trajectories import Trajectory, merge
@@ -28,7 +29,8 @@ class Dpo:
 
     The gradient is computed as section 4 of the paper writes it, ``-beta sigmoid(-beta m) (grad log p(chosen)
     - grad log p(rejected))``: the margins by one pass forward, then likelihood with signed weights. So the
-    rows of a pair need not fit into memory together, and any number of workers will do. TRL's trainer would
+    rows of a pair need not fit into memory together, and any number of workers will do. (With dropout, which
+    current models do not have, the two passes would be of two models.) TRL's trainer would
     bring a loop of its own, without our lease, optimiser state and publishing; the loss is these few lines.
 
     The reference is the parent version by default: each pass is held near to the weights that made its data,
@@ -50,6 +52,7 @@ class Dpo:
             min_gap=train.dpo_min_gap,
             min_size=train.min_group_size,
             may_wait=len(recorded) < train.max_rollouts,
+            max_tokens=train.max_row_tokens,
         )
 
     def batch(self, chosen: Picked) -> Batch | None:
@@ -122,12 +125,13 @@ class _Pair:
         ]
 
 
-def paired(found: Candidates, *, min_gap: float, min_size: int, may_wait: bool) -> Picked:
+def paired(found: Candidates, *, min_gap: float, min_size: int, may_wait: bool, max_tokens: int) -> Picked:
     """Demonstrations over what was answered, and the best of each group over its worst.
 
     A group smaller than ``min_size`` is for a later run if it ``may_wait``: more of its task may come.
+    ``max_tokens``: of a row.
     """
-    shown = [pair for each in found.demonstrations if (pair := _corrected(each.right, each.answered, found))]
+    shown = [pair for each in found.demonstrations if (pair := _corrected(each, max_tokens, found))]
     by_group: list[_Pair] = []
     keys: dict[str, str] = {}
     for_later: list[str] = []
@@ -151,12 +155,15 @@ def paired(found: Candidates, *, min_gap: float, min_size: int, may_wait: bool) 
     )
 
 
-def _corrected(right: Transition, answered: Transition, found: Candidates) -> _Pair | None:
+def _corrected(shown: Demonstrated, max_tokens: int, found: Candidates) -> _Pair | None:
+    right, answered = shown.right, shown.answered
     reason = None
     if right.response_ids == answered.response_ids:
         reason = Reason.SAME_ANSWER
     elif not answered.response_ids:
         reason = Reason.EMPTY
+    elif len(answered.prompt_ids) + len(answered.response_ids) > max_tokens:
+        reason = Reason.TOO_LONG
     if reason is not None:
         found.left_out.pairs[reason] += 1
         return None

@@ -21,16 +21,17 @@ def pairs_of(
     may_wait: bool = True,
 ) -> tuple[Picked, dict[str, dict[str, int]]]:
     found = candidates_of(rollouts, demonstrations)
-    chosen = paired(found, min_gap=min_gap, min_size=2, may_wait=may_wait)
+    chosen = paired(found, min_gap=min_gap, min_size=2, may_wait=may_wait, max_tokens=8)
     return chosen, found.left_out.as_dict()
 
 
 def test_a_demonstration_is_preferred_to_what_was_answered() -> None:
-    chosen, left_out = pairs_of([], [demonstrated("a", [9, 8], [3]), demonstrated("b", [3], [3])])
+    others = [demonstrated("b", [3], [3]), demonstrated("c", [3], []), demonstrated("d", [3], [3] * 7)]
+    chosen, left_out = pairs_of([], [demonstrated("a", [9, 8], [3]), *others])
     assert [row.token_ids.tolist() for row in chosen.rows] == [[1, 2, 9, 8], [1, 2, 3]]
     assert [row.pieces[0].transition.advantage for row in chosen.rows] == [1.0, -1.0]
     assert len({row.rollout_id for row in chosen.rows}) == 1  # so that no mini-batch tears them apart
-    assert left_out["pairs"] == {"same_answer": 1}
+    assert left_out["pairs"] == {"empty": 1, "same_answer": 1, "too_long": 1}
 
 
 def test_the_best_of_a_group_is_preferred_to_the_worst() -> None:
