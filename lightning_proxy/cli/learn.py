@@ -42,6 +42,10 @@ def train(
     model: Annotated[
         Path | None, typer.Option("--model", metavar="DIR", help="Weights to begin with, for the first run.")
     ] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option("--algorithm", help="What to learn by: rl, sft or dpo, in place of [train] algorithm."),
+    ] = None,
     proxy: ProxyOption = None,
     json_: JsonOption = False,
     db: DbOption = None,
@@ -56,7 +60,9 @@ def train(
         raise InvalidInput(
             "--watch goes on whatever a pass finds: give it without --dry-run and --require-update"
         )
-    settings = settings_from(config, store__db=db, policy__model=model, train__proxy_url=proxy)
+    settings = settings_from(
+        config, store__db=db, policy__model=model, train__algorithm=algorithm, train__proxy_url=proxy
+    )
     with _unwinding_on_sigterm():
         if watch:
             _watch(settings, json_)

@@ -58,7 +58,9 @@ def _store(settings: Settings) -> dict[str, Any] | None:
             runs = store.list_runs(settings.policy.name, limit=1)
             return {
                 "counts": store.stats(),
-                "backlog": store.backlog(settings.policy.name),
+                "backlog": store.backlog(
+                    settings.policy.name, demonstrated=settings.train.learns_from_demonstrations
+                ),
                 "active": store.active_version(settings.policy.name),
                 "last_run": runs[0] if runs else None,
             }

@@ -319,6 +319,11 @@ class TrainSettings(_Table):
         default=30.0, gt=0, description="Pause between the passes of `train --watch`."
     )
 
+    @property
+    def learns_from_demonstrations(self) -> bool:
+        """Whether a demonstration makes a rollout ready for the algorithm."""
+        return self.algorithm != "rl"
+
     @model_validator(mode="after")
     def _bounds_agree(self) -> Self:
         if self.max_rollouts < self.min_rollouts:
