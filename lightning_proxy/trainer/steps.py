@@ -59,7 +59,7 @@ class Pass:
 
     def preview(self) -> TrainReport:
         """What a pass would train on; nothing is taken, and verl is not loaded."""
-        demonstrated = self.algorithm.demonstrated
+        demonstrated = self.settings.train.learns_from_demonstrations
         limit = self.settings.train.max_rollouts
         recorded = self.store.preview(self.policy, limit, demonstrated=demonstrated)
         found = self.choose(recorded, self.store.active_version(self.policy))
@@ -103,7 +103,7 @@ class Pass:
         newest = self.store.list_runs(self.policy, limit=1)
         if newest and newest[0].state is RunState.RUNNING:
             return  # it holds what the backlog lacks: beginning a run says who, or takes over
-        waiting = self.store.backlog(self.policy, demonstrated=self.algorithm.demonstrated)
+        waiting = self.store.backlog(self.policy, demonstrated=self.settings.train.learns_from_demonstrations)
         ready = waiting.rollouts_ready
         if ready < self.settings.train.min_rollouts:
             raise NothingToTrain(self._too_few(ready))
@@ -130,7 +130,7 @@ class Pass:
             recorded = self.store.drain(
                 lease.run_id,
                 limit=self.settings.train.max_rollouts,
-                demonstrated=self.algorithm.demonstrated,
+                demonstrated=self.settings.train.learns_from_demonstrations,
             )
         self._update(run_id=lease.run_id)
         if len(recorded) < self.settings.train.min_rollouts:
@@ -296,7 +296,7 @@ class Pass:
 
     @property
     def _ready(self) -> str:
-        return "rewarded or demonstrated" if self.algorithm.demonstrated else "rewarded"
+        return "rewarded or demonstrated" if self.settings.train.learns_from_demonstrations else "rewarded"
 
     def _left_out_in_words(self) -> str:
         parts = [

@@ -99,8 +99,6 @@ ChosenT = TypeVar("ChosenT", bound=Chosen)
 class Algorithm(Protocol[ChosenT]):
     """One way to learn, as the steps of a pass that differ from one to another."""
 
-    demonstrated: bool  # whether a demonstration makes a rollout ready
-
     def choose(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None) -> ChosenT:
         """What of the drained can be trained on; the rest is counted. Needs neither torch nor verl."""
 

@@ -37,8 +37,6 @@ class Dpo:
     as PPO's clipping does, and no second model is loaded. With ``base`` all passes are held near version 0.
     """
 
-    demonstrated = True
-
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
         self._train = bench.settings.train
@@ -138,9 +136,8 @@ def paired(found: Candidates, *, min_gap: float, min_size: int, may_wait: bool, 
     for group, members in found.by_group().items():
         if len(members) < min_size:
             found.left_out.rollouts[Reason.GROUP_TOO_SMALL] += len(members)
-            if may_wait:
-                for_later += [rollout.rollout_id for rollout in members]
-                continue
+            # One that comes again has left its group behind: nobody will join it.
+            for_later += [each.rollout_id for each in members if may_wait and not each.again]
         elif pair := _extremes(members, min_gap, found):
             by_group.append(pair)
         keys |= {rollout.rollout_id: key_of(group) for rollout in members}
@@ -150,7 +147,7 @@ def paired(found: Candidates, *, min_gap: float, min_size: int, may_wait: bool, 
         [row for number, pair in enumerate(pairs) for row in pair.rows(f"pair {number}")],
         found,
         {"groups": len(by_group), "pairs_by_group": len(by_group), "pairs_by_demonstration": len(shown)},
-        keys,
+        {rollout_id: key for rollout_id, key in keys.items() if rollout_id not in for_later},
         for_later,
     )
 

@@ -24,8 +24,6 @@ class Rl:
     distribution that can be computed again: what was not is left out. It does not learn from demonstrations.
     """
 
-    demonstrated = False
-
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
         self._train = bench.settings.train

@@ -29,8 +29,6 @@ class Sft:
     have been sampled by anybody, at any temperature.
     """
 
-    demonstrated = True
-
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
 

@@ -74,3 +74,4 @@ def test_a_lone_rollout_waits_for_its_group_unless_the_drain_is_full() -> None:
     full, left_out = pairs_of(lone, may_wait=False)
     assert (list(full.for_later), list(full.keys)) == ([], ["a"])
     assert left_out["rollouts"] == {"group_too_small": 1}
+    assert pairs_of([rollout("again", 1, companions=[0.0])])[0].for_later == []
