@@ -88,6 +88,7 @@ app.command(
     epilog=_example(
         "lightning-proxy train",
         "lightning-proxy train --dry-run",
+        "lightning-proxy train --algorithm sft   (the best rollouts, and demonstrations)",
         "*/15 * * * * cd /srv/agent && lightning-proxy train   (in a crontab)",
     )
 )(learn.train)

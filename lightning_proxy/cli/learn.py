@@ -26,8 +26,7 @@ from lightning_proxy.errors import InvalidInput, LightningError, StoreError, Tra
 
 if TYPE_CHECKING:
     from lightning_proxy.config import Settings
-    from lightning_proxy.trainer.report import TrainReport
-    from lightning_proxy.trainer.steps import Progress
+    from lightning_proxy.trainer.report import Progress, TrainReport
 
 NO_UPDATE = 3
 
@@ -46,6 +45,10 @@ def train(
     policy: Annotated[
         str | None, typer.Option("--policy", help="Which policy. Default: every one, one after the other.")
     ] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option("--algorithm", help="What to learn by: rl, sft or dpo, in place of [train] algorithm."),
+    ] = None,
     proxy: ProxyOption = None,
     json_: JsonOption = False,
     db: DbOption = None,
@@ -61,7 +64,7 @@ def train(
         raise InvalidInput(
             "--watch goes on whatever a pass finds: give it without --dry-run and --require-update"
         )
-    settings = settings_from(config, store__db=db, train__proxy_url=proxy)
+    settings = settings_from(config, store__db=db, train__algorithm=algorithm, train__proxy_url=proxy)
     chosen = _chosen(settings, policy, model)
     with _unwinding_on_sigterm():
         if watch:

@@ -58,17 +58,22 @@ def _store(settings: Settings) -> dict[str, Any] | None:
         with open_store(settings) as store:
             return {
                 "counts": store.stats(),
-                **_policy(store, settings.policy.name),
-                "further_policies": {each.name: _policy(store, each.name) for each in settings.policies},
+                **_policy(store, settings, settings.policy.name),
+                "further_policies": {
+                    each.name: _policy(store, settings, each.name) for each in settings.policies
+                },
             }
     except UnknownTarget:
         return None
 
 
-def _policy(store: Store, name: str) -> dict[str, Any]:
+def _policy(store: Store, settings: Settings, name: str) -> dict[str, Any]:
+    from lightning_proxy.config import for_policy
+
+    demonstrated = for_policy(settings, name).train.learns_from_demonstrations
     runs = store.list_runs(name, limit=1)
     return {
-        "backlog": store.backlog(name),
+        "backlog": store.backlog(name, demonstrated=demonstrated),
         "active": store.active_version(name),
         "last_run": runs[0] if runs else None,
     }

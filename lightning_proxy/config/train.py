@@ -66,6 +66,28 @@ class TrainSettings(CreditSettings):
         default=Path("lightning-runs"),
         description="Where checkpoints are written; the engine must be able to read it.",
     )
+    algorithm: Literal["rl", "sft", "dpo"] = Field(
+        default="rl",
+        description="What a pass learns by. `rl`: LightningRL. `sft`: the likelihood of the best rollouts "
+        "and of demonstrations. `dpo`: preferences, of demonstrations over what was answered and of the "
+        "best rollout of a group over the worst.",
+    )
+    sft_min_return: float = Field(
+        default=1.0,
+        allow_inf_nan=False,
+        description="Of the rollouts of a group, SFT learns from those with the highest return, if it is at "
+        "least this.",
+    )
+    dpo_beta: float = Field(
+        default=0.1, gt=0, description="DPO's beta: the larger, the nearer to the reference policy."
+    )
+    dpo_min_gap: float = Field(
+        default=0.0, ge=0, description="Smallest difference of two returns that makes a DPO pair of a group."
+    )
+    dpo_reference: Literal["parent", "base"] = Field(
+        default="parent",
+        description="DPO's reference policy: the version that the pass begins with, or version 0.",
+    )
     roles: tuple[str, ...] = Field(
         default=(), description="Roles whose calls are trained on; none named: all, and calls without one."
     )
@@ -155,6 +177,11 @@ class TrainSettings(CreditSettings):
     watch_interval_s: float = Field(
         default=30.0, gt=0, description="Pause between the passes of `train --watch`."
     )
+
+    @property
+    def learns_from_demonstrations(self) -> bool:
+        """Whether a demonstration makes a rollout ready for the algorithm."""
+        return self.algorithm != "rl"
 
     @model_validator(mode="after")
     def _bounds_agree(self) -> Self:

@@ -268,6 +268,10 @@ class RecordedRollout:
     value: float | None = None  # its return (returns.py); None: it has none
     again: bool = False  # a committed run has trained on it before, for another return
     companions: tuple[Companion, ...] = ()  # where again: the rest of its group in those runs
+    for_return: bool = (
+        True  # False: only its demonstrations are this run's, a run has its return or it has none
+    )
+    demonstrations: tuple[Reward, ...] = ()  # that no run has taken, where the run asked for them
 
 
 @dataclass(frozen=True, slots=True)

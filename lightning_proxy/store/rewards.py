@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,17 +140,35 @@ class Rewards(Spans):
         self, rollout_id: str, attempt: int, until: int | None = None
     ) -> tuple[Reward, ...]:
         """Those of :meth:`counting_rewards` that are not for another attempt or a span of another one."""
+        return tuple(self._of_attempt(self.counting_rewards(rollout_id, until), rollout_id, attempt))
+
+    def demonstrations_of_attempt(
+        self, rollout_id: str, attempt: int, *, after: int = 0
+    ) -> tuple[Reward, ...]:
+        """The last demonstration for each target and name, unless it is the one that was so at ``after``."""
+        before: dict[tuple[int | None, int | None, str], object] = {}
+        found: dict[tuple[int | None, int | None, str], Reward] = {}
+        for reward in self._of_attempt(self.list_rewards(rollout_id), rollout_id, attempt):
+            if reward.demonstration is None:
+                continue
+            target = (reward.attempt, reward.span_id, reward.name)
+            if reward.reward_id is not None and reward.reward_id <= after:
+                before[target] = reward.demonstration
+            else:
+                found[target] = reward
+        return tuple(reward for target, reward in found.items() if before.get(target) != reward.demonstration)
+
+    def _of_attempt(self, rewards: Iterable[Reward], rollout_id: str, attempt: int) -> Iterator[Reward]:
+        """Those that are not for another attempt or a span of another one."""
         others = {
             row["span_id"]
             for row in self.rows(
                 "SELECT span_id FROM spans WHERE rollout_id = ? AND attempt <> ?", (rollout_id, attempt)
             )
         }
-        return tuple(
-            reward
-            for reward in self.counting_rewards(rollout_id, until)
-            if reward.attempt in (None, attempt) and reward.span_id not in others
-        )
+        for reward in rewards:
+            if reward.attempt in (None, attempt) and reward.span_id not in others:
+                yield reward
 
     def _target(
         self, rollout_id: str | None, response_id: str | None, span_id: int | None, attempt: int | None

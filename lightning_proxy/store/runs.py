@@ -7,6 +7,10 @@ A consumption remembers the last entry of the ledger that the run knew. A rollou
 has consumed waits again as soon as its return, with what was entered since, is another one than that
 run knew (or as soon as there are rewards for a later attempt). Both returns are taken by the same
 weights, so that changing a weight opens nothing.
+
+Demonstrations are consumed apart from returns, by the runs that ask for them (``demonstrated``): each
+once, by whichever run comes first, and again only where a later entry for its target and name corrects it.
+So a run that takes the return leaves the demonstrations of the rollout for one that can learn from them.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from lightning_proxy.store.records import (
     Companion,
     PolicyVersion,
     RecordedRollout,
+    Reward,
     RunState,
     TrainingRun,
     VersionStatus,
@@ -37,15 +42,16 @@ from lightning_proxy.store.rewards import Rewards
 from lightning_proxy.store.rollouts import encode
 
 # Rollouts with a span of the policy in their last attempt; ``c``: the last run of the policy, running or
-# committed, that has them. One of the task pool only once it has ended: until then its last attempt may
-# be followed by another.
+# committed, that has their return. One of the task pool only once it has ended: until then its last attempt
+# may be followed by another.
 OF_POLICY = """
 FROM rollouts AS r
 JOIN attempts AS a ON a.rollout_id = r.rollout_id
   AND NOT EXISTS (SELECT 1 FROM attempts AS b WHERE b.rollout_id = a.rollout_id AND b.number > a.number)
 LEFT JOIN consumptions AS c ON c.rollout_id = r.rollout_id AND c.run_id = (
   SELECT max(d.run_id) FROM consumptions AS d JOIN training_runs AS t USING (run_id)
-  WHERE d.rollout_id = r.rollout_id AND t.policy = :policy AND t.state IN ('running', 'committed'))
+  WHERE d.rollout_id = r.rollout_id AND d.for_return AND t.policy = :policy
+    AND t.state IN ('running', 'committed'))
 WHERE EXISTS (SELECT 1 FROM spans AS s
               WHERE s.rollout_id = r.rollout_id AND s.attempt = a.number AND s.policy = :policy)
   AND NOT EXISTS (SELECT 1 FROM task_rollouts AS p
@@ -65,14 +71,28 @@ _LATE = """
                    AND w.reward_id > coalesce(c.last_reward_id, 0) AND w.value IS NOT NULL)
  AND (SELECT t.state FROM training_runs AS t WHERE t.run_id = c.run_id) = 'committed')
 """
+# Up to which entry runs have taken the demonstrations of a rollout; and whether later ones have some.
+_SHOWN_UNTIL = """
+coalesce((SELECT max(d.last_demonstration_id)
+          FROM consumptions AS d JOIN training_runs AS t USING (run_id)
+          WHERE d.rollout_id = r.rollout_id AND t.policy = :policy
+            AND t.state IN ('running', 'committed')), 0)
+"""
+_DEMONSTRATED = f"""
+(:demonstrated AND EXISTS (SELECT 1 FROM rewards AS w WHERE w.rollout_id = r.rollout_id
+                           AND w.demonstration IS NOT NULL AND w.reward_id > {_SHOWN_UNTIL}))
+"""
 _CANDIDATES = f"""
-SELECT r.rollout_id, a.number, c.run_id, c.attempt, c.last_reward_id
-{OF_POLICY} AND (c.run_id IS NULL OR {_LATE}) AND {REWARDED} ORDER BY r.created_at, r.rollout_id
+SELECT r.rollout_id, a.number, c.run_id, c.attempt, c.last_reward_id, {_SHOWN_UNTIL} AS shown_until,
+  (c.run_id IS NULL OR {_LATE}) AND {REWARDED} AS rewarded, {_DEMONSTRATED} AS demonstrated
+{OF_POLICY} AND (((c.run_id IS NULL OR {_LATE}) AND {REWARDED}) OR {_DEMONSTRATED})
+ORDER BY r.created_at, r.rollout_id
 """
 _UNREWARDED = f"SELECT count(*) {OF_POLICY} AND c.run_id IS NULL AND NOT {REWARDED}"
 _CONSUME = """
-INSERT INTO consumptions (run_id, rollout_id, attempt, last_reward_id)
-VALUES (?, ?, ?, (SELECT max(reward_id) FROM rewards WHERE rollout_id = ?)) RETURNING last_reward_id"""
+INSERT INTO consumptions (run_id, rollout_id, attempt, for_return, last_reward_id, last_demonstration_id)
+SELECT :run_id, :rollout_id, :attempt, :for_return, max(reward_id), iif(:demonstrated, max(reward_id), NULL)
+FROM rewards WHERE rollout_id = :rollout_id RETURNING last_reward_id"""
 # Of a running baseline (`recent_members`) nobody is a companion for good.
 _COMPANIONS = """
 SELECT other.rollout_id, max(other.attempt) AS attempt
@@ -97,11 +117,13 @@ ON s.rollout_id = ready.value ->> 0 AND s.attempt = ready.value ->> 1 AND s.poli
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A rollout that waits: its last attempt, and whether a committed run has trained on it before."""
+    """A rollout that waits: its last attempt, and what of it."""
 
     rollout_id: str
     attempt: int
-    again: bool
+    for_return: bool  # its return waits
+    again: bool  # a committed run has trained on another return of it
+    demonstrations: tuple[Reward, ...] = ()  # those that wait
 
 
 class Runs(Rewards, Policies):
@@ -136,35 +158,53 @@ class Runs(Rewards, Policies):
             assert run_id is not None  # an INSERT into a table with a rowid has one
             return self.get_run(run_id)
 
-    def drain(self, run_id: int, *, limit: int) -> list[RecordedRollout]:
+    def drain(self, run_id: int, *, limit: int, demonstrated: bool = False) -> list[RecordedRollout]:
         """Take up to ``limit`` rollouts for this run, oldest first.
 
         Those that have a reward and a span of the run's policy in their last attempt and that no
         other run of the policy holds or has consumed; and those that one has consumed, if late rewards
-        gave them another return. Raises ``UnknownTarget``, ``LeaseLost``.
+        gave them another return. With ``demonstrated`` also those with a demonstration, for that attempt,
+        that no run has taken, rewarded or not. Raises ``UnknownTarget``, ``LeaseLost``.
         """
         with self.transaction():
             run = self._leased(run_id)
-            taken = list(islice(self._ready(run.policy), limit))
+            taken = list(islice(self._ready(run.policy, demonstrated), limit))
             known = [
-                self.scalar(_CONSUME, (run_id, one.rollout_id, one.attempt, one.rollout_id)) for one in taken
+                self.scalar(
+                    _CONSUME,
+                    {
+                        "run_id": run_id,
+                        "rollout_id": one.rollout_id,
+                        "attempt": one.attempt,
+                        "for_return": one.for_return,
+                        "demonstrated": demonstrated,
+                    },
+                )
+                for one in taken
             ]
         return [self._recorded(run.policy, one, until) for one, until in zip(taken, known, strict=True)]
 
-    def preview(self, policy: str, limit: int) -> list[RecordedRollout]:
+    def preview(self, policy: str, limit: int, *, demonstrated: bool = False) -> list[RecordedRollout]:
         """What :meth:`drain` would give, left where it is."""
-        return [self._recorded(policy, one) for one in list(islice(self._ready(policy), limit))]
+        ready = list(islice(self._ready(policy, demonstrated), limit))
+        return [self._recorded(policy, one) for one in ready]
 
     def give_back(self, run_id: int, rollout_ids: Iterable[str]) -> None:
-        """Leave these rollouts of the run to a later one. Raises ``UnknownTarget``, ``LeaseLost``.
+        """Leave the returns of these rollouts to a later run. Raises ``UnknownTarget``, ``LeaseLost``.
 
-        The order of draining does not change: the next drain meets them first.
+        Demonstrations that this run took stay taken. The order of draining does not change: the next
+        drain meets them first.
         """
+        pairs = [(run_id, rollout_id) for rollout_id in rollout_ids]
         with self.transaction():
             self._leased(run_id)
             self.connection.executemany(
-                "DELETE FROM consumptions WHERE run_id = ? AND rollout_id = ?",
-                [(run_id, rollout_id) for rollout_id in rollout_ids],
+                "UPDATE consumptions SET for_return = 0 WHERE run_id = ? AND rollout_id = ?", pairs
+            )
+            self.connection.executemany(
+                "DELETE FROM consumptions WHERE run_id = ? AND rollout_id = ? "
+                "AND last_demonstration_id IS NULL",
+                pairs,
             )
 
     def renew_lease(self, run_id: int, lease_s: float) -> None:
@@ -236,9 +276,12 @@ class Runs(Rewards, Policies):
         rows = self.rows(sql, (*parameters, limit))
         return [_run_from(row) for row in rows]
 
-    def backlog(self, policy: str) -> Backlog:
-        """What waits for the policy's next run. A run in progress holds what it drained: not counted."""
-        ready = list(self._ready(policy))
+    def backlog(self, policy: str, *, demonstrated: bool = False) -> Backlog:
+        """What waits for the policy's next run. A run in progress holds what it drained: not counted.
+
+        ``demonstrated``: as in :meth:`drain`.
+        """
+        ready = list(self._ready(policy, demonstrated))
         pairs = orjson.dumps([(one.rollout_id, one.attempt) for one in ready]).decode()
         return Backlog(
             rollouts_ready=len(ready),
@@ -255,12 +298,19 @@ class Runs(Rewards, Policies):
             raise LeaseLost(f"the lease of run {run_id} ran out at {_clock(run.lease_expires_at)}")
         return run
 
-    def _ready(self, policy: str) -> Iterator[_Ready]:
+    def _ready(self, policy: str, demonstrated: bool) -> Iterator[_Ready]:
         """What waits, oldest first."""
-        for row in self.each(_CANDIDATES, self.named(policy)):
+        for row in self.each(_CANDIDATES, {**self.named(policy), "demonstrated": demonstrated}):
+            rollout_id, attempt = row["rollout_id"], row["number"]
             again = row["run_id"] is not None
-            if not again or self._differs(row):
-                yield _Ready(row["rollout_id"], row["number"], again)
+            for_return = bool(row["rewarded"]) and (not again or self._differs(row))
+            shown = (
+                self.demonstrations_of_attempt(rollout_id, attempt, after=row["shown_until"])
+                if row["demonstrated"]
+                else ()
+            )
+            if for_return or shown:
+                yield _Ready(rollout_id, attempt, for_return, again and for_return, shown)
 
     def _differs(self, row: sqlite3.Row) -> bool:
         """Whether what was entered later makes another return, or is for another attempt."""
@@ -285,6 +335,8 @@ class Runs(Rewards, Policies):
             rewards=rewards,
             value=self.rule.return_of(rewards),
             again=ready.again,
+            for_return=ready.for_return,
+            demonstrations=ready.demonstrations,
             companions=tuple(self._companions(policy, ready.rollout_id)) if ready.again else (),
         )
 

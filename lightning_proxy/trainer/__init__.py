@@ -4,6 +4,7 @@ Read ``run.train_once`` first: its body is the summary; ``steps`` are its steps,
 a run alive and gives back on failure, ``warm`` the update engine between passes. Then along the way
 the data goes:
 
+``algorithms/``   what a pass learns by: RL, SFT or DPO, each with the steps that are its own
 ``automatic``     rewards from the traffic itself, by ``findings`` and by the user's function (``judged``)
 ``transitions``   a recorded rollout -> one transition per generation; what is left out, counted
 ``failures``      what failures do: rollouts dropped, calls masked, scaled or penalised

@@ -21,6 +21,7 @@ from lightning_proxy.trainer.failures import Consequences, FailureCounts
 from lightning_proxy.trainer.groups import Grouping, form_groups, groups_of_recorded
 from lightning_proxy.trainer.guard import Look
 from lightning_proxy.trainer.sampling import engine_defaults
+from lightning_proxy.trainer.trajectories import Trajectory, merge
 from lightning_proxy.trainer.transitions import (
     LeftOut,
     Terms,
@@ -40,6 +41,35 @@ class Grouped:
     failures: FailureCounts
     reward_mean: float | None  # of all rollouts drained that have a return
     look: Look | None  # at what the parent version did; None where that is too little
+
+    @property
+    def subject(self) -> str:
+        """What is trained on, in words."""
+        return f"{len(self.grouping.trained)} rollouts of {self.mixed} groups"
+
+    @property
+    def for_later(self) -> tuple[str, ...]:
+        """Rollouts whose group may still grow."""
+        return self.grouping.for_later
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """Groups as the store remembers them."""
+        return self.grouping.keys
+
+    @property
+    def mixed(self) -> int:
+        """Groups whose returns differ."""
+        return len(self.grouping.groups)
+
+    @property
+    def equal(self) -> int:
+        """Groups whose returns do not."""
+        return self.grouping.all_equal
+
+    def trajectories(self) -> list[Trajectory]:
+        """The rows that will be."""
+        return [row for rollout in self.grouping.trained for row in merge(rollout.transitions)]
 
     def for_report(self) -> dict[str, Any]:
         """What a report says of it, by the report's own names."""
@@ -82,7 +112,7 @@ def grouped(
     ``parent``: the version whose weights the update begins with, where that is known. ``recent``: who was
     last trained on in a group of this key, for running baselines.
     """
-    train, terms = settings.train, _terms(settings, parent)
+    train, terms = settings.train, terms_of(settings, parent)
     left_out = LeftOut()
     consequences = Consequences(settings.failures.training, settings.policy.name, left_out)
     rollouts = trainable_rollouts(consequences.keep(recorded), terms, left_out)
@@ -107,7 +137,7 @@ def grouped(
         left_out,
         consequences.counts,
         float(np.mean(values)) if values else None,
-        None if parent is None else _look(rollouts, parent.version),
+        None if parent is None else look_at(rollouts, parent.version),
     )
 
 
@@ -117,7 +147,8 @@ def credit_of(settings: Settings) -> Credit:
     return Credit(train.credit, train.discount, train.group_by_role)
 
 
-def _terms(settings: Settings, parent: PolicyVersion | None) -> Terms:
+def terms_of(settings: Settings, parent: PolicyVersion | None, *, sampled: bool = True) -> Terms:
+    """What calls must be to be trained on; ``sampled`` as in ``Terms``."""
     model = settings.policy.model if parent is None else Path(parent.path)
     return Terms(
         settings.policy.name,
@@ -125,13 +156,14 @@ def _terms(settings: Settings, parent: PolicyVersion | None) -> Terms:
         roles=settings.train.roles,
         version=None if parent is None else parent.version,
         oldest_version=0 if parent is None else parent.version - settings.train.max_version_age,
-        sampling_defaults=engine_defaults(model),
+        sampling_defaults=engine_defaults(model) if sampled else {},
         rule=RewardRule(**settings.reward_rule),
         normalised_prompts=settings.train.group_prompts == "normalised",
+        sampled=sampled,
     )
 
 
-def _look(rollouts: Iterable[TrainableRollout], version: int) -> Look | None:
+def look_at(rollouts: Iterable[TrainableRollout], version: int) -> Look | None:
     """At the rollouts of which every trainable call was answered by this version."""
     own = [
         rollout

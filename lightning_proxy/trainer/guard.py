@@ -110,13 +110,13 @@ def _agreement(mixed: int, groups: int, least: float) -> Collapse | None:
 def check_steps(steps: Sequence[Mapping[str, float]], settings: GuardSettings) -> None:
     """Raise ``CheckpointInvalid`` where a step's loss or gradient was not finite, or went too far."""
     for number, metrics in enumerate(steps, start=1):
-        for name in ("pg_loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
+        for name in ("pg_loss", "nll", "dpo_loss", "grad_norm"):  # as far as the algorithm has it
+            if not math.isfinite(metrics.get(name, 0.0)):
                 raise CheckpointInvalid(
                     f"{name} was {metrics[name]} in step {number} of {len(steps)}: nothing is published. "
                     "Lower [train] learning_rate, or look for broken logprobs among the drained spans"
                 )
-        if metrics["kl"] > settings.max_kl:
+        if metrics.get("kl", 0.0) > settings.max_kl:
             raise CheckpointInvalid(
                 f"by step {number} of {len(steps)} the policy had moved {metrics['kl']:.3g} nats a token, "
                 f"more than [guard] max_kl = {settings.max_kl:g}: nothing is published. Lower learning_rate "

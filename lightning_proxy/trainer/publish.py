@@ -39,6 +39,7 @@ class Lineage:
     workers: int
     lora_rank: int
     lora_alpha: int
+    algorithm: str = "rl"  # whose gradients the optimiser has seen
 
     def misfit(self, settings: TrainSettings) -> str | None:
         """Why these settings cannot go on from this state; ``None`` where they can."""

@@ -8,7 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """Where a pass says what it does."""
+
+    def __call__(self, line: str, done: float | None = None) -> None:
+        """One line; or, with ``done`` (0 to 1), how far the step that the line names has come."""
 
 
 class Outcome(StrEnum):
@@ -28,11 +35,14 @@ class TrainReport:
 
     ``counts``: ``rollouts, groups, transitions, rows, tokens, tokens_trained, given_back``; ``again``: of
     the rollouts, those that an earlier run trained on for another return; ``baseline_only``: others of
-    their groups, compared with and not trained on.
+    their groups, compared with and not trained on. SFT has ``rows_by_reward, rows_by_demonstration``, DPO
+    ``pairs_by_demonstration, pairs_by_group``.
     ``groups``: what became of groups, by method (``groups.GroupCounts``).
-    ``left_out``: ``{"rollouts": {reason: n}, "calls": {reason: n}}`` (reasons: ``transitions.Reason``).
+    ``left_out``: ``{"rollouts": {reason: n}, "calls": {reason: n}}`` (reasons: ``transitions.Reason``), with
+    ``demonstrations`` and ``pairs`` where such were left out.
     ``failures``: what was seen and done by class of failure (``failures.FailureCounts``).
-    ``metrics``: means over the optimiser's steps, and those of the first step under ``first``.
+    ``metrics``: means over the optimiser's steps, and those of the first step under ``first``;
+    DPO's on all pairs after the last step under ``after``.
     ``logprob_difference``: engine's against trainer's logprobs of tokens sampled by the parent
     version, before the update: ``max, mean, tokens``; ``None`` where there were no such tokens.
     """
@@ -41,6 +51,7 @@ class TrainReport:
     policy: str
     message: str
     version: int | None = None
+    algorithm: str = "rl"
     parent: int | None = None
     run_id: int | None = None
     resumed_version: int | None = None  # staged by an earlier pass, promoted by this one

@@ -10,8 +10,8 @@ from lightning_proxy.errors import NothingToTrain
 from lightning_proxy.store import Store
 from lightning_proxy.trainer.backend import preload
 from lightning_proxy.trainer.lease import Lease
-from lightning_proxy.trainer.report import Outcome, TrainReport
-from lightning_proxy.trainer.steps import Pass, Progress
+from lightning_proxy.trainer.report import Outcome, Progress, TrainReport
+from lightning_proxy.trainer.steps import Pass
 from lightning_proxy.trainer.warm import WarmBackend, own_or
 
 
@@ -40,21 +40,20 @@ def train_once(
         parent = this.starting_version()
         with Lease(store, this.policy, settings.train.lease_s) as lease, own_or(warm) as engine:
             recorded = this.drain(lease)
-            found = this.group(recorded, parent)
-            groups = found.grouping
-            store.give_back(lease.run_id, groups.for_later)
+            found = this.choose(recorded, parent)
+            store.give_back(lease.run_id, found.for_later)
             if (collapse := this.collapse(found)) is not None:
-                return this.stop(lease, groups, collapse)
-            if (batch := this.prepare(groups)) is None:
-                return this.commit_nothing(lease, groups)
+                return this.stop(lease, found, collapse)
+            if (batch := this.prepare(found)) is None:
+                return this.commit_nothing(lease, found)
             backend = this.open(engine, parent)
-            rows = this.refer(backend, this.compare(backend, batch, parent), parent)
+            rows = this.compare(backend, batch, parent)
             lease.check()
             this.update(backend, rows, parent)
             lease.check()
             version = this.export(backend, engine, rows, parent)
             report = this.report(Outcome.STAGED_ONLY).as_dict()
-            store.commit_run(lease.run_id, report=report, version=version, groups=groups.keys)
+            store.commit_run(lease.run_id, report=report, version=version, groups=found.keys)
             engine.now_at(version.version)
     except NothingToTrain as nothing:
         return this.report(Outcome.NOTHING, str(nothing))

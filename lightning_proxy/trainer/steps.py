@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from lightning_proxy.config.settings import Settings
 from lightning_proxy.errors import NothingToTrain, PublishFailed, TrainingError
 from lightning_proxy.store import (
-    Companion,
     PolicyVersion,
     RecordedRollout,
     RewardRule,
@@ -21,37 +20,21 @@ from lightning_proxy.store import (
     VersionStatus,
 )
 from lightning_proxy.trainer import guard
-from lightning_proxy.trainer.advantages import assign
 from lightning_proxy.trainer.advice import advice
+from lightning_proxy.trainer.algorithms import algorithm_of
+from lightning_proxy.trainer.algorithms.base import Batch, Bench, Chosen
 from lightning_proxy.trainer.automatic import AutomaticRewards
-from lightning_proxy.trainer.backend import Backend, estimator, open_backend
-from lightning_proxy.trainer.batches import Floats, Rows, pack, split_mini_batches, weigh
-from lightning_proxy.trainer.grouped import Grouped, credit_of, grouped
-from lightning_proxy.trainer.groups import Grouping
+from lightning_proxy.trainer.backend import Backend
+from lightning_proxy.trainer.batches import Rows, split_mini_batches
 from lightning_proxy.trainer.guard import Collapse, Look
 from lightning_proxy.trainer.lease import Lease
 from lightning_proxy.trainer.publish import clear_away, promote, roll_back, version_directory, write_version
-from lightning_proxy.trainer.report import Outcome, Stopwatch, TrainReport
-from lightning_proxy.trainer.trajectories import Trajectory, merge
+from lightning_proxy.trainer.report import Outcome, Progress, Stopwatch, TrainReport
+from lightning_proxy.trainer.trajectories import Trajectory
 from lightning_proxy.trainer.warm import WarmBackend
 
 _PROBE_TOKENS = 64
 _PROMOTE_MARGIN_S = 60.0  # beyond the time that the proxy holds calls for
-
-
-class Progress(Protocol):
-    """Where a pass says what it does."""
-
-    def __call__(self, line: str, done: float | None = None) -> None:
-        """One line; or, with ``done`` (0 to 1), how far the step that the line names has come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What a pass trains on, as rows and as what they were made of."""
-
-    rows: Rows
-    trajectories: Sequence[Trajectory]
 
 
 class Pass:
@@ -64,7 +47,8 @@ class Pass:
         self.progress = progress
         self.policy = settings.policy.name
         self.clock = Stopwatch()
-        self._report = TrainReport(Outcome.NOTHING, self.policy, "")
+        self.algorithm = algorithm_of(Bench(settings, store, progress, self.clock, self._update))
+        self._report = TrainReport(Outcome.NOTHING, self.policy, "", algorithm=settings.train.algorithm)
 
     def report(self, outcome: Outcome, message: str | None = None) -> TrainReport:
         """The report so far, with this outcome."""
@@ -76,20 +60,21 @@ class Pass:
 
     def preview(self) -> TrainReport:
         """What a pass would train on; nothing is taken, and verl is not loaded."""
-        recorded = self.store.preview(self.policy, self.settings.train.max_rollouts)
-        found = self.group(recorded, self.store.active_version(self.policy))
-        rollouts = found.grouping.trained
-        trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
-        self._count(trajectories, given_back=0)  # nothing was taken
-        waiting = self.store.backlog(self.policy)
+        demonstrated = self.settings.train.learns_from_demonstrations
+        limit = self.settings.train.max_rollouts
+        recorded = self.store.preview(self.policy, limit, demonstrated=demonstrated)
+        found = self.choose(recorded, self.store.active_version(self.policy))
+        self._count(found.trajectories(), given_back=0)  # nothing was taken
+        counts = self._report.counts
+        waiting = self.store.backlog(self.policy, demonstrated=demonstrated)
         enough = (
             "" if len(recorded) >= self.settings.train.min_rollouts else f"; {self._too_few(len(recorded))}"
         )
         why = advice(self._report, unrewarded=waiting.rollouts_unrewarded)
         return self.report(
             Outcome.DRY_RUN,
-            f"{waiting.rollouts_ready} rewarded rollouts wait, {waiting.rollouts_unrewarded} have no reward "
-            f"yet; {len(rollouts)} of them could be trained on, in {len(trajectories)} rows{enough}"
+            f"{waiting.rollouts_ready} {self._ready} rollouts wait, {waiting.rollouts_unrewarded} have no "
+            f"reward yet; {counts['rollouts']} of them could be trained on, in {counts['rows']} rows{enough}"
             + (f"; {why}" if why else ""),
         )
 
@@ -121,7 +106,7 @@ class Pass:
         newest = self.store.list_runs(self.policy, limit=1)
         if newest and newest[0].state is RunState.RUNNING:
             return  # it holds what the backlog lacks: beginning a run says who, or takes over
-        waiting = self.store.backlog(self.policy)
+        waiting = self.store.backlog(self.policy, demonstrated=self.settings.train.learns_from_demonstrations)
         if waiting.rollouts_ready < self.settings.train.min_rollouts:
             none = not waiting.rollouts_ready
             why = advice(self._report, unrewarded=waiting.rollouts_unrewarded) if none else None
@@ -146,65 +131,50 @@ class Pass:
     def drain(self, lease: Lease) -> list[RecordedRollout]:
         """Take what waits; ``NothingToTrain``, which gives it back, where that is too little."""
         with self.clock.phase("drain"):
-            recorded = self.store.drain(lease.run_id, limit=self.settings.train.max_rollouts)
+            recorded = self.store.drain(
+                lease.run_id,
+                limit=self.settings.train.max_rollouts,
+                demonstrated=self.settings.train.learns_from_demonstrations,
+            )
         self._update(run_id=lease.run_id)
         if len(recorded) < self.settings.train.min_rollouts:
             raise NothingToTrain(self._too_few(len(recorded)))
-        self.progress(f"drained {len(recorded)} rewarded rollouts")
+        self.progress(f"drained {len(recorded)} {self._ready} rollouts")
         return recorded
 
-    def group(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None) -> Grouped:
-        """What can be trained on, in groups, and what else there is to say of what was drained."""
+    def choose(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None) -> Chosen:
+        """What of the drained can be trained on, and what else there is to say of it."""
         with self.clock.phase("prepare"):
-            found = grouped(recorded, self.settings, parent, self._recent)
+            found: Chosen = self.algorithm.choose(recorded, parent)
         self._update(**found.for_report())
         return found
 
-    def _recent(self, key: str) -> Sequence[Companion]:
-        """The last rollouts that were trained on in this group."""
-        return self.store.recent_members(self.policy, key, self.settings.train.baseline_window)
-
-    def prepare(self, grouping: Grouping) -> Batch | None:
-        """Advantages, trajectories, rows; ``None`` where there is nothing to train on."""
-        if not grouping.groups:
-            return None
-        with self.clock.phase("load"):  # the estimator is verl's: this imports it
-            estimate = estimator(self.settings.train)
-        with self.clock.phase("prepare"):
-            rollouts = assign(
-                grouping.groups,
-                credit=credit_of(self.settings),
-                estimator=estimate,
-                least=self.settings.train.min_group_size,
+    def prepare(self, found: Chosen) -> Batch | None:
+        """Rows; ``None`` where there is nothing to train on."""
+        batch = self.algorithm.batch(found)
+        if batch is not None:
+            self._count(batch.trajectories)
+            counts = self._report.counts
+            self.progress(
+                f"training on {found.subject}: {counts['rows']} rows, {counts['tokens_trained']} tokens "
+                f"(left out: {self._left_out_in_words()})"
             )
-            trajectories = [row for rollout in rollouts for row in merge(rollout.transitions)]
-            batch = Batch(pack(trajectories), trajectories)
-        advantages = np.array([value for rollout in rollouts for value in rollout.advantages])
-        self._count(trajectories)
-        self._update(
-            advantages={
-                "mean": float(advantages.mean()),
-                "std": float(advantages.std()),
-                "min": float(advantages.min()),
-                "max": float(advantages.max()),
-            }
-        )
         return batch
 
-    def commit_nothing(self, lease: Lease, grouping: Grouping) -> TrainReport:
+    def commit_nothing(self, lease: Lease, found: Chosen) -> TrainReport:
         """Consume what can never be trained on."""
         why = advice(self._report)
         message = f"nothing to train on: {self._left_out_in_words()}" + (f"; {why}" if why else "")
         report = self.report(Outcome.NOTHING, message)
-        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=grouping.keys)
+        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=found.keys)
         return report
 
-    def collapse(self, found: Grouped) -> Collapse | None:
+    def collapse(self, found: Chosen) -> Collapse | None:
         """What the drained rollouts say against an update, if anything (``guard``)."""
         if found.look is None:
             return None
-        mixed, equal = len(found.grouping.groups), found.grouping.all_equal
-        return guard.collapse(found.look, self._looks(), self.settings.guard, mixed=mixed, equal=equal)
+        looks, settings = self._looks(), self.settings.guard
+        return guard.collapse(found.look, looks, settings, mixed=found.mixed, equal=found.equal)
 
     def _looks(self) -> list[Look]:
         """What earlier runs saw, oldest first."""
@@ -212,84 +182,35 @@ class Pass:
         looks = [Look.at(run.report) for run in reversed(runs) if run.state is RunState.COMMITTED]
         return [look for look in looks if look is not None]
 
-    def stop(self, lease: Lease, grouping: Grouping, found: Collapse) -> TrainReport:
+    def stop(self, lease: Lease, found: Chosen, collapse: Collapse) -> TrainReport:
         """Consume what was drained without an update; go back to the best version where that is wanted."""
-        report = self.report(Outcome.GUARDED, f"nothing is trained: {found.message}")
-        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=grouping.keys)
+        report = self.report(Outcome.GUARDED, f"nothing is trained: {collapse.message}")
+        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=found.keys)
         self.progress(report.message)
-        if found.best is None or not self.settings.guard.roll_back or found.best == report.parent:
+        best = collapse.best
+        if best is None or not self.settings.guard.roll_back or best == report.parent:
             return report
         url, token = self.settings.train.proxy_url, self.settings.proxy.token
         try:
-            roll_back(url, self.policy, found.best, token=token, timeout_s=self._promote_timeout_s())
+            roll_back(url, self.policy, best, token=token, timeout_s=self._promote_timeout_s())
         except PublishFailed as error:
             return self.report(Outcome.GUARDED, f"{report.message}; that failed: {error}")
-        return self.report(Outcome.GUARDED, f"{report.message}; version {found.best} serves again")
+        return self.report(Outcome.GUARDED, f"{report.message}; version {best} serves again")
 
     def _promote_timeout_s(self) -> float:
         return self.settings.proxy.hold_timeout_s + _PROMOTE_MARGIN_S
 
     def open(self, engine: WarmBackend, parent: PolicyVersion) -> Backend:
         """The update engine on the parent's weights."""
-        counts = self._report.counts
-        self.progress(
-            f"training on {counts['rollouts']} rollouts of {counts['groups']} groups: {counts['rows']} rows, "
-            f"{counts['tokens_trained']} tokens (left out: {self._left_out_in_words()})"
-        )
         with self.clock.phase("load"):
             backend = engine.at(self.settings, parent)
         self._update(optimizer=engine.optimizer)
         return backend
 
     def compare(self, backend: Backend, batch: Batch, parent: PolicyVersion) -> Rows:
-        """Engine's against trainer's logprobs, and the rows as the update takes them.
-
-        The difference is taken where the parent's weights sampled: nothing else can explain it. Then old
-        logprobs are completed where the engine told those of the model's own distribution only, and what
-        other weights sampled is weighed (``[train] importance``).
-        """
-        rows = batch.rows
-        with self.clock.phase("compare"):
-            computed = backend.logprobs(rows.as_told())
-            fresh = rows.of_version(parent.version)
-            difference = np.abs(computed - rows.logprobs)[fresh]
-            if rows.raw.any():
-                computed = np.where(rows.raw, backend.logprobs(rows), computed)
-                rows = rows.with_logprobs(np.where(rows.raw, computed, rows.logprobs))
-            if self.settings.train.importance == "decoupled":
-                rows = rows.decoupled(computed, self.settings.train.importance_cap)
-        self._note_difference(difference, parent)
+        """The rows with what the loss needs of the weights before the update."""
+        rows: Rows = self.algorithm.compare(backend, batch.rows, parent)
         return rows
-
-    def _note_difference(self, difference: Floats, parent: PolicyVersion) -> None:
-        if not len(difference):
-            return
-        found = {"max": float(difference.max()), "mean": float(difference.mean()), "tokens": len(difference)}
-        self._update(logprob_difference=found)
-        self.progress(f"engine's and trainer's logprobs differ by at most {found['max']:.2g}")
-        if found["mean"] > self.settings.train.verify_tolerance:
-            self.progress(
-                f"  that is too much for the same weights: does the engine serve version {parent.version}?"
-            )
-
-    def refer(self, backend: Backend, rows: Rows, parent: PolicyVersion) -> Rows:
-        """The rows with the logprobs of version 0, where the loss keeps the policy near to it."""
-        if not self.settings.train.kl_coef:
-            return rows
-        base = self.store.get_version(self.policy, 0)
-        with self.clock.phase("reference"):
-            if base.version == parent.version:
-                return rows.with_reference(backend.logprobs(rows))
-            if not Path(base.path).is_dir():
-                raise TrainingError(
-                    f"[train] kl_coef needs the weights of version 0, which are gone from {base.path}"
-                )
-            self.progress("computing the logprobs of version 0")
-            reference = open_backend(self.settings.train, Path(base.path))
-            try:
-                return rows.with_reference(reference.logprobs(rows))
-            finally:
-                reference.close()
 
     def update(self, backend: Backend, rows: Rows, parent: PolicyVersion) -> None:
         """All epochs over all mini-batches; ``CheckpointInvalid`` where a step was not finite."""
@@ -299,18 +220,20 @@ class Pass:
             for epoch in range(train.epochs):
                 generator = np.random.default_rng([train.seed, parent.version, epoch])
                 mini_batches = split_mini_batches(rows.rollouts, train.mini_batch_rows, generator)
-                weighed = weigh(rows, len(mini_batches))
+                weighed = self.algorithm.weigh(rows, len(mini_batches))
                 for number, chosen in enumerate(mini_batches):
                     self.progress("updating", (epoch + number / len(mini_batches)) / train.epochs)
-                    steps.append(backend.update(weighed.select(chosen)))
+                    steps.append(self.algorithm.step(backend, weighed.select(chosen)))
             self.progress("updating", 1.0)
         means = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
         self._update(metrics={"steps": len(steps), **means, "first": dict(steps[0])})
         self.progress(
-            f"{len(steps)} steps: loss {means['pg_loss']:.4g}, gradient norm {means['grad_norm']:.4g}, "
-            f"clipped {means['clip_frac']:.2%}"
+            f"{len(steps)} steps: {self.algorithm.in_words(means)}, gradient norm {means['grad_norm']:.4g}"
         )
         guard.check_steps(steps, self.settings.guard)
+        if after := self.algorithm.after(backend, rows):
+            self._update(metrics={**self._report.metrics, "after": dict(after)})
+            self.progress(f"after the update: {self.algorithm.in_words(after)}")
 
     def export(
         self, backend: Backend, engine: WarmBackend, rows: Rows, parent: PolicyVersion
@@ -377,6 +300,10 @@ class Pass:
         }
         self._update(counts={**self._report.counts, **rows, **others})
 
+    @property
+    def _ready(self) -> str:
+        return "rewarded or demonstrated" if self.settings.train.learns_from_demonstrations else "rewarded"
+
     def _left_out_in_words(self) -> str:
         parts = [
             f"{number} {kind} ({reason.replace('_', ' ')})"
@@ -387,7 +314,7 @@ class Pass:
 
     def _too_few(self, ready: int) -> str:
         least = self.settings.train.min_rollouts
-        return f"{ready} rewarded rollouts wait, [train] min_rollouts asks for {least}"
+        return f"{ready} {self._ready} rollouts wait, [train] min_rollouts asks for {least}"
 
     def _say(self, message: str) -> None:
         self._update(message=message)

@@ -55,6 +55,16 @@ class Reason(StrEnum):
     # version, of which the engine told the logprobs of the model's own distribution
     TOO_OLD = "too_old"  # calls that weights of more than max_version_age versions ago answered
     TOO_LONG = "too_long"  # generations whose prompt and response exceed max_row_tokens
+    # Of SFT and DPO; calls that demonstrations and pairs are about are left out for the reasons above, too.
+    BELOW_BEST = "below_best"  # rollouts: another of the group was worth more
+    BELOW_MIN_RETURN = "below_min_return"  # rollouts: the best of the group, but not good enough
+    NO_PAIR = "no_pair"  # rollouts: neither the best nor the worst of their group
+    NO_CALL = "no_call"  # demonstrations: there is no such call, or none that ended well
+    UNRENDERABLE = "unrenderable"  # demonstrations that cannot be put into the model's own tokens
+    PROMPT_DIFFERS = "prompt_differs"  # demonstrations: the chat template gives another prompt than was
+    # recorded; pairs: the two rollouts were not asked the same
+    SAME_ANSWER = "same_answer"  # pairs: chosen and rejected are the same tokens
+    SMALL_GAP = "small_gap"  # pairs: returns closer than dpo_min_gap
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +168,14 @@ class LeftOut:
 
     rollouts: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
+    demonstrations: Counter[str] = field(default_factory=Counter)
+    pairs: Counter[str] = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, dict[str, int]]:
-        """For the report: ``{"rollouts": {reason: n}, "calls": {reason: n}}``."""
+        """For the report: ``{"rollouts": {reason: n}, "calls": {reason: n}}``, and the others if any."""
         counts = {"rollouts": self.rollouts, "calls": self.calls}
+        others = {"demonstrations": self.demonstrations, "pairs": self.pairs}
+        counts |= {kind: of for kind, of in others.items() if of}
         return {
             kind: {str(reason): number for reason, number in sorted(of.items())}
             for kind, of in counts.items()
@@ -180,6 +194,9 @@ class Terms:
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # see `sampling.engine_defaults`
     rule: RewardRule = field(default_factory=RewardRule)
     normalised_prompts: bool = False  # rollouts of the same task are told by them
+    # Whether the loss is about what was sampled. Where it is about likelihood alone, it does not matter how
+    # the tokens came about, nor how likely they were then.
+    sampled: bool = True
 
 
 def trainable_rollouts(
@@ -251,13 +268,13 @@ def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -
     unseen = superseded(recorded.spans)
     steps = steps_of(recorded.spans, terms)
     for position, span in enumerate(recorded.spans):
-        if reason := Reason.SUPERSEDED if position in unseen else _why_not_span(span, terms):
+        if reason := Reason.SUPERSEDED if position in unseen else why_not_span(span, terms):
             left_out.calls[reason] += 1
             continue
         if span.policy_version is not None and span.policy_version < terms.oldest_version:
             left_out.calls[Reason.TOO_OLD] += 1
             continue
-        sampling = sampling_of(span.sampling, terms.sampling_defaults)
+        sampling = sampling_of(span.sampling, terms.sampling_defaults) if terms.sampled else PLAIN
         if isinstance(sampling, Unknowable):
             left_out.calls[Reason(sampling.value)] += 1
             continue
@@ -266,7 +283,7 @@ def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -
             left_out.calls[Reason.UNKNOWN_LOGPROBS] += 1
             continue
         for choice, generation in enumerate(span.generations):
-            if reason := _why_not_generation(generation, terms.max_tokens):
+            if reason := why_not_generation(generation, terms):
                 left_out.calls[reason] += 1
                 continue
             made.append(
@@ -279,7 +296,7 @@ def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -
                     policy_version=span.policy_version,
                     prompt_ids=generation.prompt_token_ids,
                     response_ids=generation.response_token_ids,
-                    logprobs=generation.logprobs,
+                    logprobs=generation.logprobs if terms.sampled else told_logprobs(generation),
                     sampling=sampling,
                     logprobs_are_raw=raw,
                     policy_version_end=span.policy_version_end,
@@ -326,25 +343,47 @@ def _why_not_ours(span: Span, terms: Terms) -> Reason | None:
     return None
 
 
-def _why_not_span(span: Span, terms: Terms) -> Reason | None:
+def why_not_span(span: Span, terms: Terms) -> Reason | None:
+    """Why nothing of a call can be trained on, if so."""
     if reason := _why_not_ours(span, terms):
         return reason
     if span.redacted is not None:
         return Reason.REDACTED
-    if span.fidelity is not Fidelity.EXACT or not span.generations:
+    known = span.fidelity is Fidelity.EXACT or (
+        span.fidelity is Fidelity.RETOKENIZED and not terms.sampled  # has ids, but nobody's logprobs
+    )
+    if not known or not span.generations:
         return Reason.NOT_EXACT
     return None
 
 
-def _why_not_generation(generation: Generation, max_tokens: int) -> Reason | None:
+def why_not_generation(generation: Generation, terms: Terms) -> Reason | None:
+    """Why one of a call's generations cannot be trained on, if so."""
     prompt, response = len(generation.prompt_token_ids), len(generation.response_token_ids)
     if not prompt or not response:
         return Reason.EMPTY
-    if len(generation.logprobs) != response or not all(map(math.isfinite, generation.logprobs)):
+    if terms.sampled and not _all_told(generation):
         return Reason.NO_LOGPROBS
-    if prompt + response > max_tokens:
+    if prompt + response > terms.max_tokens:
         return Reason.TOO_LONG
     return None
+
+
+def unknown_logprobs(count: int) -> array[float]:
+    """Not a number: what nobody told is not a probability of 1."""
+    return array("f", [math.nan]) * count
+
+
+def told_logprobs(generation: Generation) -> array[float]:
+    """One per response token; unknown unless the engine told all of them."""
+    if _all_told(generation):
+        return generation.logprobs
+    return unknown_logprobs(len(generation.response_token_ids))
+
+
+def _all_told(generation: Generation) -> bool:
+    complete = len(generation.logprobs) == len(generation.response_token_ids)
+    return complete and all(map(math.isfinite, generation.logprobs))
 
 
 def _next_prompt(spans: Sequence[Span], start: int, unseen: frozenset[int], policy: str) -> array[int] | None:

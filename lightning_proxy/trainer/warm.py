@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_proxy.config.settings import Settings
@@ -38,10 +39,15 @@ class WarmBackend:
         saved = read_lineage(parent)
         misfit = "there is no saved state" if saved is None else saved.misfit(train)
         if saved is not None and misfit is None:
-            self._backend.load_state(state_directory(parent))
-            self.lineage, self.optimizer = saved, "carried over"
+            # Moments of another loss's gradients would push the first steps where that one wanted to go.
+            same = saved.algorithm == train.algorithm
+            self._backend.load_state(state_directory(parent), optimizer=same)
+            self.lineage = replace(saved, algorithm=train.algorithm)
+            self.optimizer = "carried over" if same else f"began anew: the last pass was {saved.algorithm}"
         else:
-            self.lineage = Lineage(parent.path, train.workers, train.lora_rank, train.lora_alpha)
+            self.lineage = Lineage(
+                parent.path, train.workers, train.lora_rank, train.lora_alpha, train.algorithm
+            )
             self.optimizer = f"began anew: {misfit}"
         return self._backend
 

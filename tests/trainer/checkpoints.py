@@ -61,7 +61,7 @@ class PaperBackend:
     def save_state(self, directory: Path) -> None:
         (directory / "state").write_text("state")
 
-    def load_state(self, directory: Path) -> None:
+    def load_state(self, directory: Path, *, optimizer: bool = True) -> None:
         assert (directory / "state").read_text() == "state"
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from lightning_proxy.errors import LightningError
 from lightning_proxy.store import Store
 from lightning_proxy.trainer import steps, warm
 from lightning_proxy.trainer.advantages import Returns
+from lightning_proxy.trainer.algorithms import rl
 from lightning_proxy.trainer.batches import Rows
 from lightning_proxy.trainer.run import train_once
 from tests.trainer.checkpoints import PaperBackend
@@ -42,7 +43,7 @@ def paper_estimator(credits_R: Returns, groups_R: Sequence[int], lengths_R: Sequ
 def install(patch: Callable[[Any, str, object], None] = setattr) -> None:
     """Put them in the place of verl's, in this process."""
     patch(warm, "open_backend", lambda settings, model: PaperUpdates())
-    patch(steps, "estimator", lambda settings: paper_estimator)
+    patch(rl, "estimator", lambda settings: paper_estimator)
 
 
 def settings(db: Path, model: Path, proxy_url: str, **train: object) -> Settings:

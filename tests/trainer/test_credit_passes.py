@@ -12,7 +12,7 @@ import pytest
 
 from lightning_proxy.config import Settings
 from lightning_proxy.store import Fidelity, Store
-from lightning_proxy.trainer import advantages, steps
+from lightning_proxy.trainer import advantages
 from lightning_proxy.trainer.report import Outcome, TrainReport
 from lightning_proxy.trainer.run import train_once
 from lightning_proxy.trainer.transitions import TrainableRollout
@@ -64,7 +64,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainableRollout]:
         seen.extend(done)
         return done
 
-    monkeypatch.setattr(steps, "assign", note)
+    monkeypatch.setattr(rl, "assign", note)
     return seen
 
 

@@ -11,13 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_proxy.config.settings import (
-    FailureSettings,
-    PolicySettings,
-    Settings,
-    StoreSettings,
-    TrainSettings,
-)
+from lightning_proxy.config.settings import FailureSettings, PolicySettings, Settings, StoreSettings
+from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.store import (
     INFRASTRUCTURE,
     ErrorClass,

@@ -9,13 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_proxy.config.settings import (
-    GuardSettings,
-    PolicySettings,
-    Settings,
-    StoreSettings,
-    TrainSettings,
-)
+from lightning_proxy.config.settings import PolicySettings, Settings, StoreSettings
+from lightning_proxy.config.train import GuardSettings, TrainSettings
 from lightning_proxy.errors import LeaseHeld, TrainingError
 from lightning_proxy.store import PolicyVersion, RunState, Store, VersionStatus
 from lightning_proxy.trainer.report import Outcome, TrainReport
@@ -239,3 +234,24 @@ def test_what_an_earlier_version_did_is_no_evidence_against_the_present_one(
     after_a_good_version(store, tmp_path)
     record_group(store, "task", [0.0] * 16, version=1)
     assert run(store)[0].outcome is Outcome.NOTHING
+
+
+def test_a_dry_run_of_sft_or_dpo_counts_what_it_would_learn_from(store: Store) -> None:
+    record_group(store, "one", [0.0, 1.0, 1.0], turns=1)
+    record_rollout(store, "unrewarded", [([1], [2])], None)
+    sft, _ = run(store, dry_run=True, algorithm="sft")
+    assert (sft.algorithm, sft.counts["rows_by_reward"], sft.counts["rollouts"]) == ("sft", 2, 2)
+    assert "3 rewarded or demonstrated rollouts wait, 1 have no reward yet; 2 of them" in sft.message
+    dpo, _ = run(store, dry_run=True, algorithm="dpo")
+    assert (dpo.counts["pairs_by_group"], dpo.counts["rows"]) == (1, 2)
+    assert store.backlog(POLICY).rollouts_ready == 3
+
+
+def test_sft_takes_groups_of_one_and_dpo_leaves_them_for_later(store: Store) -> None:
+    record_group(store, "lone", [0.5], turns=1)
+    dpo, _ = run(store, algorithm="dpo", min_rollouts=1, model=store.path.parent)
+    assert (dpo.outcome, dpo.counts["given_back"]) == (Outcome.NOTHING, 1)
+    assert store.backlog(POLICY).rollouts_ready == 1
+    sft, _ = run(store, algorithm="sft", min_rollouts=1, model=store.path.parent)
+    assert (sft.outcome, sft.left_out["rollouts"]) == (Outcome.NOTHING, {"below_min_return": 1})
+    assert store.backlog(POLICY).rollouts_ready == 0

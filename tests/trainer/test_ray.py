@@ -26,10 +26,20 @@ def odd_rows() -> Rows:
 
 @pytest.mark.timeout(900)  # three processes import verl: a minute alone, more on a busy machine
 def test_two_ray_workers_make_the_update_that_one_makes_in_process(tiny_model: Path, tmp_path: Path) -> None:
+    assert_workers_agree(tiny_model, tmp_path, algorithm="rl")
+
+
+@pytest.mark.timeout(900)
+def test_so_they_do_with_the_likelihood_that_sft_and_dpo_learn_by(tiny_model: Path, tmp_path: Path) -> None:
+    assert_workers_agree(tiny_model, tmp_path, algorithm="dpo")
+
+
+def assert_workers_agree(tiny_model: Path, tmp_path: Path, algorithm: str) -> None:
     rows = odd_rows()
     logprobs, metrics = {}, {}
     for workers in (2, 1):
-        backend = open_backend(recipe(workers=workers, learning_rate=1e-3, micro_batch_tokens=70), tiny_model)
+        settings = recipe(workers=workers, learning_rate=1e-3, micro_batch_tokens=70, algorithm=algorithm)
+        backend = open_backend(settings, tiny_model)
         try:
             before = backend.logprobs(rows)
             steps = [backend.update(rows) for _ in range(3)]

@@ -2,23 +2,26 @@
 
 ``open_backend`` gives a ``Backend``; ``verl_backend`` implements it with verl's ``TrainingWorker``,
 in this process or on several Ray workers; ``worker`` is what runs on each of them; ``cpu_platform``
-teaches verl to run on a CPU; ``estimators`` are verl's advantage estimators by name. This file
-itself needs no torch.
+teaches verl to run on a CPU; ``estimators`` are verl's advantage estimators by name; ``tokens`` puts
+demonstrations into the model's tokens. This file itself needs no torch.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.errors import MissingExtra
+from lightning_proxy.store import Span
 from lightning_proxy.trainer.advantages import AdvantageEstimator
 from lightning_proxy.trainer.batches import Floats, Rows
+from lightning_proxy.trainer.transitions import Reason
 
 
 class Backend(Protocol):
@@ -33,7 +36,8 @@ class Backend(Protocol):
     def update(self, rows: Rows) -> Mapping[str, float]:
         """One optimiser step on one mini-batch, whose loss is the sum over tokens of weight x loss.
 
-        Returns ``pg_loss, kl_loss, entropy_loss, clip_frac, kl, ratio_mean, ratio_max, grad_norm`` (before
+        With ``[train] algorithm = "sft"`` or ``"dpo"`` a token's loss is ``-log p``: ``nll, grad_norm``. Else
+        returns ``pg_loss, kl_loss, entropy_loss, clip_frac, kl, ratio_mean, ratio_max, grad_norm`` (before
         clipping); ``kl``: mean over tokens of old less new logprob. Where
         loss or gradient are not finite the weights stay as they were and the metrics say so.
         """
@@ -47,11 +51,32 @@ class Backend(Protocol):
     def save_state(self, directory: Path) -> None:
         """Save weights in full precision, optimiser and random state."""
 
-    def load_state(self, directory: Path) -> None:
-        """Load what ``save_state`` saved; learning rate and such stay those of the settings."""
+    def load_state(self, directory: Path, *, optimizer: bool = True) -> None:
+        """Load what ``save_state`` saved; learning rate and such stay those of the settings.
+
+        Without ``optimizer`` that begins anew.
+        """
 
     def close(self) -> None:
         """Give back processes and memory."""
+
+
+class Answers(Protocol):
+    """The model's tokenizer and chat template, for answers that the model did not give."""
+
+    def tokens(self, span: Span, demonstration: str | Mapping[str, Any]) -> array[int] | Reason:
+        """The ids that the engine would have made, had it answered the call so, the end of turn included.
+
+        For Chat Completions what the template puts after the conversation, where the conversation makes the
+        very prompt that was recorded; for Completions the text. For other APIs, texts only, what the
+        template puts after another conversation, where the recorded prompt ends as that one does. Else the
+        reason why there are none.
+        """
+
+
+def open_answers(model: Path) -> Answers:
+    """Those of the model in this directory. Raises ``MissingExtra``, or ``TrainingError``: no tokenizer."""
+    return cast(Answers, _import("tokens").TokenizerAnswers(model))
 
 
 def open_backend(settings: TrainSettings, model: Path) -> Backend:
@@ -84,6 +109,10 @@ def _load(module: str, settings: TrainSettings) -> ModuleType:
     os.environ.setdefault("VERL_LOGGING_LEVEL", "WARNING")
     if settings.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return _import(module)
+
+
+def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(f"{__name__}.{module}")
     except ModuleNotFoundError as error:

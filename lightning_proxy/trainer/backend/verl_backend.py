@@ -56,8 +56,8 @@ class VerlBackend:
     def save_state(self, directory: Path) -> None:
         self._call("save_state", str(directory))
 
-    def load_state(self, directory: Path) -> None:
-        self._call("load_state", str(directory))
+    def load_state(self, directory: Path, *, optimizer: bool = True) -> None:
+        self._call("load_state", str(directory), optimizer)
 
     def close(self) -> None:
         with stdout_to_stderr():
@@ -83,12 +83,13 @@ def worker_config(settings: TrainSettings, model: Path) -> WorkerConfig:
         adam_eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
         grad_clip=settings.grad_clip,
+        loss="policy" if settings.algorithm == "rl" else "likelihood",
         policy_loss=settings.policy_loss,
         clip_low=settings.clip_ratio,
         clip_high=settings.clip_ratio_high or settings.clip_ratio,
         kl_coef=settings.kl_coef,
         kl_estimator=settings.kl_estimator,
-        entropy_coef=settings.entropy_coef,
+        entropy_coef=settings.entropy_coef if settings.algorithm == "rl" else 0.0,
         micro_batch_tokens=settings.micro_batch_tokens,
         lora_rank=settings.lora_rank,
         lora_alpha=settings.lora_alpha,

@@ -39,13 +39,14 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from lightning_proxy.trainer.backend.likelihood import likelihood_loss
 from lightning_proxy.trainer.backend.shaping import Shaper
 from lightning_proxy.trainer.batches import Floats, Ints, Rows, plan_micro_batches
 from lightning_proxy.trainer.checkpoint import read_layout
 
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SUMS = ("pg_loss", "kl_loss", "entropy_loss")  # metrics that are sums over tokens, weighed
-_MEANS = ("clip_frac", "kl", "ratio_mean")  # and those that are means
+_SUMS = ("pg_loss", "kl_loss", "entropy_loss", "nll")  # metrics that are sums over tokens, weighed
+_MEANS = ("clip_frac", "kl", "ratio_mean")  # and those that are means; a loss has some of both
 _OWN_OPTIONS = ("lr", "initial_lr", "eps", "weight_decay")  # the settings decide, not a saved optimiser
 
 
@@ -61,6 +62,7 @@ class WorkerConfig:
     adam_eps: float
     weight_decay: float
     grad_clip: float
+    loss: str  # policy, likelihood
     policy_loss: str
     clip_low: float
     clip_high: float
@@ -84,7 +86,8 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
         super().__init__(_training_worker_config(config))
         self.own = config
         torch.manual_seed(config.seed + self.rank)
-        self.set_loss_fn(functools.partial(policy_loss, _actor_config(config), config))
+        policy = functools.partial(policy_loss, _actor_config(config), config)
+        self.set_loss_fn(likelihood_loss if config.loss == "likelihood" else policy)
         self.reset()
         self._shaper = Shaper(self.engine.module, packed=config.packed)
 
@@ -115,19 +118,19 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
 
     def accumulate(self, rows: Rows) -> dict[str, float]:
         """Add the gradient of these rows' loss to what is there, micro-batch by micro-batch."""
-        sums = dict.fromkeys((*_SUMS, *_MEANS, "tokens"), 0.0)
-        ratio_max = 0.0
+        sums: dict[str, float] = {"tokens": 0.0}
+        ratio_max: float | None = None
         for own_rows in self._own_share(rows):
             share = rows.select(own_rows) if len(own_rows) else _PADDING
             output = self.engine.forward_backward_batch(self._tensors(share), self.loss_fn)
             metrics = {name: float(values[0]) for name, values in output["metrics"].items()}
             tokens = share.trained_tokens
             sums["tokens"] += tokens
-            for name in _SUMS:
-                sums[name] += metrics[name]
-            for name in _MEANS:
-                sums[name] += metrics[name] * tokens
-            ratio_max = max(ratio_max, metrics["ratio_max"])
+            for name, value in metrics.items():
+                if name in _SUMS or name in _MEANS:
+                    sums[name] = sums.get(name, 0.0) + value * (1 if name in _SUMS else tokens)
+            if "ratio_max" in metrics:
+                ratio_max = max(ratio_max or 0.0, metrics["ratio_max"])
         return self._over_workers(sums, ratio_max)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
@@ -166,13 +169,15 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
         self.engine.save_checkpoint(directory)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
-    def load_state(self, directory: str) -> None:
+    def load_state(self, directory: str, optimizer: bool) -> None:
         """See ``Backend.load_state``."""
         groups = self.engine.optimizer.param_groups
         own = [{name: group[name] for name in _OWN_OPTIONS if name in group} for group in groups]
         self.engine.load_checkpoint(directory, del_local_after_load=False)
         for group, options in zip(self.engine.optimizer.param_groups, own, strict=True):
             group.update(options)
+        if not optimizer:
+            self.engine.optimizer.state.clear()
 
     def _own_share(self, rows: Rows) -> Iterator[Ints]:
         for step in plan_micro_batches(rows.lengths, self.own.micro_batch_tokens, self.world_size):
@@ -203,6 +208,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
                 # verl multiplies each token's loss by this after clipping, whatever the policy loss.
                 "rollout_is_weights": responses(rows.weights, torch.float32),
                 "reference": responses(rows.reference, torch.float32),
+                "token_weights": _jagged(_per_row(rows, rows.weights), torch.float32),
             },
             {
                 "temperature": 1.0,  # the shaper scales, token by token
@@ -214,17 +220,17 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
             },
         )
 
-    def _over_workers(self, sums: dict[str, float], ratio_max: float) -> dict[str, float]:
+    def _over_workers(self, sums: dict[str, float], ratio_max: float | None) -> dict[str, float]:
         total = torch.tensor(list(sums.values()), dtype=torch.float64)
-        largest = torch.tensor(ratio_max, dtype=torch.float64)
         dist.all_reduce(total)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
         metrics = dict(zip(sums, total.tolist(), strict=True))
         tokens = metrics.pop("tokens")
-        for name in _MEANS:
-            metrics[name] /= max(tokens, 1.0)
-        for name in _SUMS:
-            metrics[name] /= self.world_size  # verl multiplies by it, since FSDP takes the mean of gradients
+        for name in metrics:  # verl multiplies sums by the workers, since FSDP takes the mean of gradients
+            metrics[name] /= self.world_size if name in _SUMS else max(tokens, 1.0)
+        if ratio_max is None:
+            return metrics
+        largest = torch.tensor(ratio_max, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
         return {**metrics, "ratio_max": largest.item()}
 
     def _merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
