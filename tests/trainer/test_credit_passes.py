@@ -13,6 +13,7 @@ import pytest
 from lightning_proxy.config import Settings
 from lightning_proxy.store import Fidelity, Store
 from lightning_proxy.trainer import advantages
+from lightning_proxy.trainer.algorithms import rl
 from lightning_proxy.trainer.report import Outcome, TrainReport
 from lightning_proxy.trainer.run import train_once
 from lightning_proxy.trainer.transitions import TrainableRollout
