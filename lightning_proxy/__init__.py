@@ -2,16 +2,16 @@
 
 The rooms, in the order in which data walks through them:
 
-``config``   settings: defaults, ``lightning.toml``, environment, flags
-``store``    what was recorded: spans, rollouts, rewards, policy versions, training runs
+``config``     settings: defaults, ``lightning.toml``, environment, flags
+``store``      what was recorded: spans, rollouts, rewards, tasks, policy versions, training runs
 ``redaction``  takes out of spans what must not be kept
-``proxy``    forwards calls to the model, captures them, swaps the weights behind itself
-``trainer``  drains the store into transitions, updates the policy, publishes it
-``client``   one HTTP request to the proxy; ``lightning_proxy.reward(...)``
-``runner``   runs an unmodified agent command under a rollout
-``exchange``  what was recorded, out into other tools' formats, and what others recorded, in
-``demo``     the whole loop on one machine, with a tiny model and a tool-using agent
-``cli``      the command line: parse, call one function, print
+``proxy``      forwards calls to the model, captures them, swaps the weights behind itself
+``trainer``    drains the store into transitions, updates the policy, publishes it
+``client``     one HTTP request to the proxy; ``lightning_proxy.reward(...)``
+``runner``     runs unmodified agent commands as rollouts, one or a whole pool of tasks
+``exchange``   what was recorded, out into other tools' formats, and what others recorded, in
+``demo``       the whole loop on one machine, with a tiny model and a tool-using agent
+``cli``        the command line: parse, call one function, print
 
 Proxy, trainer and runner never import one another: they meet in the store and over HTTP.
 """

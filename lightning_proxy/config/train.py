@@ -96,6 +96,10 @@ class TrainSettings(CreditSettings):
         default=True, description="Divide a group's advantages by its standard deviation (GRPO)."
     )
     policy_loss: str = Field(default="vanilla", description="Policy loss, by verl's name.")
+    weigh: Literal["token", "rollout"] = Field(
+        default="token",
+        description="What counts the same in the loss of RL: every generated token, or every rollout.",
+    )
     clip_ratio: float = Field(default=0.2, gt=0, lt=1, description="PPO clip range, downwards and upwards.")
     clip_ratio_high: float | None = Field(
         default=None, gt=0, description="PPO clip range upwards, where it differs (DAPO's clip-higher)."

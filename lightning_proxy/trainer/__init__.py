@@ -5,7 +5,8 @@ a run alive and gives back on failure, ``warm`` the update engine between passes
 the data goes:
 
 ``algorithms/``   what a pass learns by: RL, SFT or DPO, each with the steps that are its own
-``automatic``     rewards from the traffic itself, by ``findings`` and by the user's function (``judged``)
+``automatic``     rewards from the traffic itself, and by the user's function (``judged``)
+``grouped``       all that comes before the update engine: its top function is the summary of what follows
 ``transitions``   a recorded rollout -> one transition per generation; what is left out, counted
 ``failures``      what failures do: rollouts dropped, calls masked, scaled or penalised
 ``groups``        which rollouts are compared with one another (GRPO's group); ``prompts``: by a prompt's text

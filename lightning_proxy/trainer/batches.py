@@ -155,17 +155,25 @@ def pack(trajectories: Sequence[Trajectory]) -> Rows:
     )
 
 
-def weigh(rows: Rows, mini_batches: int) -> Rows:
-    """Give each trained token the weight ``mini_batches / trained tokens of all rows``.
+def weigh(rows: Rows, mini_batches: int, *, by_rollout: bool = False) -> Rows:
+    """Give each trained token its weight in the loss; all weights of a pass add up to ``mini_batches``.
 
-    The loss of a mini-batch is then the weighted sum over its tokens: the token-level loss of DAPO
-    (arXiv 2503.14476, section 3.3), with the mean number of tokens of a mini-batch as its
-    denominator in place of the mini-batch's own. Every generated token counts the same in a pass,
-    whichever row and mini-batch it came to lie in. So a rollout counts the same however many rows
-    it became, and merged or unmerged rows give the same gradient. Importance weights come on top.
+    The loss of a mini-batch is the weighted sum over its tokens. Every generated token counts the same:
+    the token-level loss of DAPO (arXiv 2503.14476, section 3.3), with the mean number of tokens of a
+    mini-batch as its denominator in place of the mini-batch's own. ``by_rollout``: every rollout counts
+    the same, and its tokens alike, as in GRPO (arXiv 2402.03300, equation 3) where a rollout is one
+    response; long answers then weigh less token by token. Either way it makes no difference to a
+    rollout in how many rows and mini-batches it lies, and merged or unmerged rows give the same
+    gradient. Importance weights come on top.
     """
-    weight = np.float32(mini_batches / max(rows.trained_tokens, 1))
-    return replace(rows, weights=rows.importance * weight)
+    if not by_rollout:
+        weight = np.float32(mini_batches / max(rows.trained_tokens, 1))
+        return replace(rows, weights=rows.importance * weight)
+    rollouts, of_row_N = np.unique(np.array(rows.rollouts), return_inverse=True)
+    of_token_T = np.repeat(of_row_N, rows.lengths)
+    tokens_R = np.bincount(of_token_T, weights=rows.mask, minlength=len(rollouts))
+    weight_R = mini_batches / (len(rollouts) * np.maximum(tokens_R, 1))
+    return replace(rows, weights=rows.importance * weight_R[of_token_T].astype(np.float32))
 
 
 def split_mini_batches(

@@ -52,6 +52,19 @@ def test_an_unassigned_advantage_is_an_error_and_not_zero() -> None:
         rows_of(replace(CHAIN[0], advantage=None))
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_by_rollout_each_weighs_the_same_whatever_its_length_and_its_rows(merged: bool) -> None:
+    other = transition("other", [1], [2, 3, 4, 5, 6, 7])
+    rows = weigh(rows_of(*CHAIN, other, merged=merged), mini_batches=3, by_rollout=True)
+    sums: dict[str, float] = {}
+    for name, weights in zip(rows.rollouts, np.split(rows.weights, rows.offsets[1:-1]), strict=True):
+        sums[name] = sums.get(name, 0.0) + float(weights.sum())
+    assert list(sums.values()) == [pytest.approx(1.5), pytest.approx(1.5)]
+    of_other = rows.weights[-6:]
+    assert len(set(of_other.tolist())) == 1
+    assert not rows.weights[~rows.mask].any()
+
+
 def test_a_rollout_cut_into_several_rows_weighs_as_much_as_in_one() -> None:
     other = transition("b", [7], [8, 9, 10], -2.0)
     weights = {}

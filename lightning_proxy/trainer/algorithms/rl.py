@@ -83,8 +83,8 @@ class Rl:
         return self._refer(backend, rows, parent)
 
     def weigh(self, rows: Rows, mini_batches: int) -> Rows:
-        """Every trained token the same, but for its importance (``batches.weigh``)."""
-        return weigh(rows, mini_batches)
+        """Every trained token, or every rollout, the same, but for importance (``batches.weigh``)."""
+        return weigh(rows, mini_batches, by_rollout=self._train.weigh == "rollout")
 
     def step(self, backend: Backend, rows: Rows) -> Mapping[str, float]:
         """See ``Backend.update``."""
