@@ -234,7 +234,7 @@ class Forwarder:
         endpoint: Endpoint,
         headers: Mapping[str, str],
     ) -> Call:
-        policy, version = endpoint.policy_of(received.request.get("model"))
+        policy, _ = endpoint.policy_of(received.request.get("model"))
         attribution = await self._attributor.attribute(
             split.attribution,
             request.headers,
@@ -246,6 +246,7 @@ class Forwarder:
         if policy is not None:
             temperature = self._exploration.temperature(attribution.rollout_id, attribution.role)
         prepared = await self._prepare(wire, received, endpoint, headers, temperature)
+        policy, version = endpoint.policy_of(received.request.get("model"))  # it may have changed meanwhile
         return Call(
             wire=wire,
             body=received.plain,
