@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from lightning_proxy.config.train import TrainSettings
+from lightning_proxy.store import Store
+from tests.trainer.fake_proxy import FakeProxy, fake_proxy
 from tests.trainer.recording import Logprobs
 
 if TYPE_CHECKING:
@@ -21,6 +23,20 @@ RECIPE = {"learning_rate": 2e-4, "adam_eps": 1e-5, "threads": 1, "device": "cpu"
 def recipe(**changes: object) -> TrainSettings:
     """The recipe with changes."""
     return TrainSettings.model_validate(RECIPE | changes)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """A new database."""
+    with Store.open(tmp_path / "store.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def proxy(store: Store) -> Iterator[FakeProxy]:
+    """What takes versions over, on that database."""
+    with fake_proxy(store.path) as serving:
+        yield serving
 
 
 @pytest.fixture(scope="session")

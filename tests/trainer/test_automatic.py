@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,6 @@ from lightning_proxy.trainer.automatic import AutomaticRewards, Entered
 from lightning_proxy.trainer.report import Outcome
 from lightning_proxy.trainer.run import train_once
 from tests.trainer.recording import POLICY, failed_span, generation, record_group, span
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "store.db") as opened:
-        yield opened
 
 
 def settings(**given: object) -> Settings:

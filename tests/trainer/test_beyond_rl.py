@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from lightning_proxy.store import Fidelity, Generation, Store
 from lightning_proxy.trainer.report import Outcome, TrainReport
 from lightning_proxy.trainer.run import train_once
 from tests.trainer.conftest import RECIPE
-from tests.trainer.fake_proxy import FakeProxy, fake_proxy
+from tests.trainer.fake_proxy import FakeProxy
 from tests.trainer.recording import POLICY, record_group, span
 
 if TYPE_CHECKING:
@@ -30,18 +30,6 @@ ASKED = [
     {"role": "user", "content": "What is the highest price?"},
 ]
 WRONG, RIGHT = "min stock", "max price"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "store.db") as opened:
-        yield opened
-
-
-@pytest.fixture
-def proxy(store: Store) -> Iterator[FakeProxy]:
-    with fake_proxy(store.path) as serving:
-        yield serving
 
 
 @pytest.fixture(scope="module")

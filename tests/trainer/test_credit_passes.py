@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,6 @@ from tests.trainer.checkpoints import write_checkpoint
 from tests.trainer.fake_proxy import fake_proxy
 from tests.trainer.paper import install, silent
 from tests.trainer.recording import POLICY, generation, record_group, record_rollout, span
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "store.db") as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -244,12 +243,6 @@ def test_a_failed_tool_is_blamed_on_the_call_that_called_it() -> None:
 
 
 # -- a pass over a real store --------------------------------------------------------------------
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "store.db") as opened:
-        yield opened
 
 
 def record(store: Store, name: str, reward: float, *spans: Span) -> None:

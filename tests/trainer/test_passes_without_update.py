@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ from tests.trainer.fake_proxy import fake_proxy
 from tests.trainer.recording import POLICY, record_group, record_rollout
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "store.db") as opened:
-        yield opened
 
 
 def settings(

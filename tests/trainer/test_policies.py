@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,22 +15,10 @@ from lightning_proxy.trainer.run import Trainer, train_once
 from lightning_proxy.trainer.warm import WarmBackend
 from tests.trainer import paper
 from tests.trainer.checkpoints import write_checkpoint
-from tests.trainer.fake_proxy import FakeProxy, fake_proxy
+from tests.trainer.fake_proxy import FakeProxy
 from tests.trainer.recording import generation, span
 
 WRITER, CHECKER = "writer-model", "checker-model"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "store.db") as opened:
-        yield opened
-
-
-@pytest.fixture
-def proxy(store: Store) -> Iterator[FakeProxy]:
-    with fake_proxy(store.path) as serving:
-        yield serving
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,6 @@ from tests.trainer.fake_proxy import FakeProxy, fake_proxy
 from tests.trainer.recording import POLICY, Logprobs, record_group, record_rollout
 
 pytestmark = [pytest.mark.train, pytest.mark.filterwarnings("ignore")]  # verl and torch warn about themselves
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "store.db") as opened:
-        yield opened
-
-
-@pytest.fixture
-def proxy(store: Store) -> Iterator[FakeProxy]:
-    with fake_proxy(store.path) as serving:
-        yield serving
 
 
 def silent(line: str, done: float | None = None) -> None:
