@@ -159,11 +159,14 @@ class Forwarder:
     async def _captured(self, request: web.Request, split: SplitPath, wire: Wire) -> web.StreamResponse:
         received = await self._receive(request)
         endpoint = await self._endpoint_for(request, split, wire, received.request)
-        if (refusal := await self._held_too_long(endpoint)) is not None:
-            return refusal
+        refusal = await self._held_too_long(endpoint)
         upstream = endpoint.upstream
         headers = upstream.request_headers(request.headers, captured=True)
-        call = await self._begin(request, split, wire, received, endpoint, headers)
+        call = await self._begin(request, split, wire, received, endpoint, headers, goes=refusal is None)
+        if refusal is not None:
+            call.status = refusal.status
+            await self._commit(call, ErrorClass.UPSTREAM_UNREACHABLE, refusal.text)
+            return refusal
         try:
             try:
                 answer = await self._open(request, split, call, upstream, headers)
@@ -233,7 +236,10 @@ class Forwarder:
         received: _Received,
         endpoint: Endpoint,
         headers: Mapping[str, str],
+        *,
+        goes: bool,
     ) -> Call:
+        """The call, whose it is and how it is sent. ``goes``: that it is sent at all."""
         policy, _ = endpoint.policy_of(received.request.get("model"))
         attribution = await self._attributor.attribute(
             split.attribution,
@@ -245,7 +251,10 @@ class Forwarder:
         temperature = None
         if policy is not None:
             temperature = self._exploration.temperature(attribution.rollout_id, attribution.role)
-        prepared = await self._prepare(wire, received, endpoint, headers, temperature)
+        if goes:
+            prepared = await self._prepare(wire, received, endpoint, headers, temperature)
+        else:
+            prepared = wire.prepare(received.body, received.request, tokens=False)
         policy, version = endpoint.policy_of(received.request.get("model"))  # it may have changed meanwhile
         return Call(
             wire=wire,

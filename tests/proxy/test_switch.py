@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lightning_proxy.store import PolicyVersion, RunState, Span, Store, VersionStatus
+from lightning_proxy.store import ErrorClass, PolicyVersion, RunState, Span, Store, VersionStatus
 from tests.conftest import MakeProxy, MakeProxyProcess, ProxyThread, wait_until
 from tests.engine import EngineThread, FakeEngine, Script
 from tests.engine.model import weights_of
@@ -359,6 +359,10 @@ def test_calls_are_not_held_for_ever(
     assert answer.header("retry-after") == "5"
     assert (ready.status, ready.json["waits_for"]) == (503, ["weights are changing"])
     assert chat(proxy).status == 200
+    refused, _ = recorded(proxy, 2)
+    assert (refused.status, refused.error_class) == (503, ErrorClass.UPSTREAM_UNREACHABLE)
+    assert "did not become available in time" in (refused.error or "")
+    assert refused.generations == ()
 
 
 def test_a_held_call_whose_agent_has_left_is_never_sent(
