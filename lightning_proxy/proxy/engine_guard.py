@@ -6,6 +6,8 @@ when the proxy dies of anything, ``kill -9`` included: the kernel closes it. The
 process group gets SIGTERM, and SIGKILL ten seconds later. When the engine ends by itself, what it
 left in its group is killed too, and its exit code becomes ours.
 
+Should the guard itself be killed, the proxy calls ``end_session``.
+
 Linux's PR_SET_PDEATHSIG alone would not do: it reaches the direct child only, and vLLM's API server,
 killed that way, leaves its engine core running with the memory it holds.
 
@@ -51,6 +53,18 @@ def main(command: list[str]) -> int:
     _signal_group(engine.pid, signal.SIGKILL)
     code = engine.wait()
     return code if code >= 0 else 128 - code
+
+
+def end_session(session: int) -> None:
+    """Kill whoever is left in a session (Linux only); for the proxy, when its guard has ended."""
+    if sys.platform != "linux":
+        return
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdecimal()):
+        try:
+            if os.getsid(pid) == session:
+                os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it has ended meanwhile
 
 
 def _noted(signum: int, frame: FrameType | None) -> None:

@@ -211,6 +211,7 @@ class EngineProcess:
                 leash
             )  # the guard now ends what is left of the engine, whether or not we are there to wait
             await asyncio.gather(ended, watch, return_exceptions=True)
+            engine_guard.end_session(guard.pid)  # somebody may have killed the guard
             if was_ready:
                 await self.on_down()
 

@@ -152,6 +152,18 @@ async def test_an_engine_that_is_never_healthy_is_given_up_after_the_start_timeo
         await asyncio.wait_for(process.run(), 20)
 
 
+async def test_killing_the_guard_and_the_server_leaves_nobody_behind(tmp_path: Path) -> None:
+    process = engine(tmp_path)
+    async with running(process):
+        await asyncio.wait_for(process.ready.wait(), 10)
+        server, child = (int(pid) for pid in (await get(process, "/children")).split())
+        os.kill(os.getsid(server), signal.SIGKILL)
+        os.kill(server, signal.SIGKILL)
+        await not_ready(process)
+        assert await gone(server, child)
+        await asyncio.wait_for(process.ready.wait(), 10)
+
+
 def test_killing_the_proxy_takes_the_engine_and_its_children_along(tmp_path: Path) -> None:
     port = free_port()
     program = f"""
