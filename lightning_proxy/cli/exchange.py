@@ -19,23 +19,13 @@ from lightning_proxy.cli.common import (
     print_json,
     settings_from,
 )
-from lightning_proxy.cli.records import State
 from lightning_proxy.errors import InvalidInput
+from lightning_proxy.words import ExportFormat, Fidelity, Per, RolloutState
 
 if TYPE_CHECKING:
     from lightning_proxy.exchange.otel_import import ImportReport
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
-class Format(StrEnum):
-    """What is written."""
-
-    JSONL = "jsonl"
-    PARQUET = "parquet"
-    OTLP = "otlp"
-    LLAMA_FACTORY = "llama-factory"
-    DSPY = "dspy"
 
 
 class ImportFormat(StrEnum):
@@ -44,28 +34,12 @@ class ImportFormat(StrEnum):
     OTEL = "otel"
 
 
-class Row(StrEnum):
-    """What a row is of."""
-
-    SPAN = "span"
-    ROLLOUT = "rollout"
-
-
-class Exactness(StrEnum):
-    """How exact the token data of a span is."""
-
-    EXACT = "exact"
-    RETOKENIZED = "retokenized"
-    TEXT = "text"
-    INCOMPLETE = "incomplete"
-
-
 # The options of `export`, which are many.
-FormatOption = Annotated[Format, typer.Option("--format", help="What is written.")]
+FormatOption = Annotated[ExportFormat, typer.Option("--format", help="What is written.")]
 OutOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="File to write; a directory for llama-factory.")
 ]
-PerOption = Annotated[Row, typer.Option("--per", help="What a row is of: jsonl, parquet.")]
+PerOption = Annotated[Per, typer.Option("--per", help="What a row is of: jsonl, parquet.")]
 TokensOption = Annotated[
     bool, typer.Option("--tokens/--no-tokens", help="With token ids and logprobs: jsonl, parquet.")
 ]
@@ -89,7 +63,7 @@ SinceOption = Annotated[
 UntilOption = Annotated[str | None, typer.Option("--until", help="Rollouts begun before that.")]
 RolloutsOption = Annotated[list[str] | None, typer.Option("--rollout", help="Only these.")]
 TasksOption = Annotated[list[str] | None, typer.Option("--task-id", help="Only of these tasks.")]
-StatesOption = Annotated[list[State] | None, typer.Option("--state", help="Only in these states.")]
+StatesOption = Annotated[list[RolloutState] | None, typer.Option("--state", help="Only in these states.")]
 MinRewardOption = Annotated[
     float | None, typer.Option("--min-reward", help="Only attempts worth at least that.")
 ]
@@ -103,14 +77,14 @@ VersionsOption = Annotated[
     list[int] | None, typer.Option("--policy-version", help="Only calls to these versions of it.")
 ]
 FidelitiesOption = Annotated[
-    list[Exactness] | None, typer.Option("--fidelity", help="Only calls of this fidelity.")
+    list[Fidelity] | None, typer.Option("--fidelity", help="Only calls of this fidelity.")
 ]
 
 
 def export(
     format_: FormatOption,
     out: OutOption = None,
-    per: PerOption = Row.SPAN,
+    per: PerOption = Per.SPAN,
     tokens: TokensOption = True,
     raw: RawOption = False,
     endpoint: EndpointOption = None,
@@ -134,30 +108,29 @@ def export(
     config: ConfigOption = None,
 ) -> None:
     """Write what was recorded in a format of other tools. Options may be given several times."""
-    from lightning_proxy.exchange.formats import Per, Target
+    from lightning_proxy.exchange.formats import Target
     from lightning_proxy.exchange.formats import export as export_as
     from lightning_proxy.exchange.records import Selection
-    from lightning_proxy.store import Fidelity, RolloutState
 
     selection = Selection(
         since=_time(since, "--since"),
         until=_time(until, "--until"),
         rollout_ids=frozenset(rollout or ()),
         task_ids=frozenset(task_id or ()),
-        states=frozenset(RolloutState(one) for one in state or ()),
+        states=frozenset(state or ()),
         min_reward=min_reward,
         rewarded=rewarded,
         roles=frozenset(role or ()),
         policy=policy,
         versions=frozenset(version or ()),
-        fidelities=frozenset(Fidelity(one) for one in fidelity or ()),
-        last_attempt_only=last_attempt or format_ in (Format.LLAMA_FACTORY, Format.DSPY),
+        fidelities=frozenset(fidelity or ()),
+        last_attempt_only=last_attempt or format_ in (ExportFormat.LLAMA_FACTORY, ExportFormat.DSPY),
     )
     target = Target(
-        out, Per(per), tokens, raw, min_gap, endpoint, dict(_header(one) for one in header or ()), content
+        out, per, tokens, raw, min_gap, endpoint, dict(_header(one) for one in header or ()), content
     )
     with open_store(settings_from(config, store__db=db)) as store:
-        done = export_as(format_.value, store, selection, target)
+        done = export_as(format_, store, selection, target)
     if json_:
         print_json({"format": format_.value, **done.numbers})
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,19 +22,11 @@ from lightning_proxy.cli.common import (
 )
 from lightning_proxy.cli.failures import Part, findings_of, in_words, show_failures
 from lightning_proxy.errors import InvalidInput
+from lightning_proxy.words import RolloutState
 
 if TYPE_CHECKING:
     from lightning_proxy.exchange.messages import Message
     from lightning_proxy.store import Reward, Span, Store
-
-
-class State(StrEnum):
-    """The states by which rollouts can be chosen."""
-
-    OPEN = "open"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
 
 
 # --- rollouts -----------------------------------------------------------------------------------
@@ -45,7 +36,7 @@ def rollouts(
     rollout_id: Annotated[
         str | None, typer.Argument(help="Show this one, with its spans and rewards.")
     ] = None,
-    state: Annotated[State | None, typer.Option("--state", help="Only those in this state.")] = None,
+    state: Annotated[RolloutState | None, typer.Option("--state", help="Only those in this state.")] = None,
     task_id: Annotated[str | None, typer.Option("--task-id", help="Only those of this task.")] = None,
     failed: Annotated[
         bool, typer.Option("--failed", help="What failed: how often, since when, with examples.")
@@ -60,8 +51,6 @@ def rollouts(
     config: ConfigOption = None,
 ) -> None:
     """List rollouts, newest first, show one, or show what failed."""
-    from lightning_proxy.store import RolloutState
-
     if (by or since) and not failed:
         raise InvalidInput("--by and --since are for --failed: lightning-proxy rollouts --failed --since 24h")
     with open_store(settings_from(config, store__db=db)) as store:
@@ -71,9 +60,7 @@ def rollouts(
         if rollout_id is not None:
             _show_rollout(store, rollout_id, json_)
             return
-        found = store.list_rollouts(
-            state=RolloutState(state) if state else None, task_id=task_id, limit=limit
-        )
+        found = store.list_rollouts(state=state, task_id=task_id, limit=limit)
     if json_:
         print_json({"rollouts": found})
         return

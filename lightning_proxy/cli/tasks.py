@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -34,6 +33,7 @@ from lightning_proxy.cli.run import (
     TimeoutOption,
     settings_of_tasks,
 )
+from lightning_proxy.words import TaskState
 
 if TYPE_CHECKING:
     from lightning_proxy.store import TaskSummary
@@ -42,18 +42,10 @@ app = typer.Typer(name="tasks", invoke_without_command=True, rich_markup_mode=No
 TaskId = Annotated[str, typer.Argument(help="A task's id.")]
 
 
-class State(StrEnum):
-    """The states by which tasks can be chosen."""
-
-    OPEN = "open"
-    DONE = "done"
-    CANCELLED = "cancelled"
-
-
 @app.callback()
 def tasks(
     ctx: typer.Context,
-    state: Annotated[State | None, typer.Option("--state", help="Only those in this state.")] = None,
+    state: Annotated[TaskState | None, typer.Option("--state", help="Only those in this state.")] = None,
     after: Annotated[str | None, typer.Option("--after", help="Go on behind this task.")] = None,
     limit: LimitOption = 100,
     json_: JsonOption = False,
@@ -63,11 +55,8 @@ def tasks(
     """List the tasks of the pool in the order of their enqueuing; add some, show or cancel one."""
     if ctx.invoked_subcommand is not None:
         return
-    from lightning_proxy.store import TaskState
-
     with open_store(settings_from(config, store__db=db)) as store:
-        wanted = TaskState(state) if state else None
-        found = store.list_tasks(state=wanted, limit=limit, after=after)
+        found = store.list_tasks(state=state, limit=limit, after=after)
     if json_:
         print_json({"tasks": [_flat(each) for each in found]})
         return

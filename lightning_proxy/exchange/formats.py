@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 
 from lightning_proxy import __version__
 from lightning_proxy.errors import InvalidInput, MissingExtra
 from lightning_proxy.store import Store
+from lightning_proxy.words import ExportFormat, Per
 
 from . import dspy, jsonl, llama_factory, parquet
 from .messages import Json
 from .records import Selection, attempts, spans_of
 from .rows import ROLLOUT_COLUMNS, SPAN_COLUMNS, rollout_row, span_row
-
-
-class Per(StrEnum):
-    """What a row is of."""
-
-    SPAN = "span"
-    ROLLOUT = "rollout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +45,9 @@ class Exported:
     numbers: Json
 
 
-def export(name: str, store: Store, selection: Selection, target: Target) -> Exported:
-    """Export the selection in the format of this name. Raises what the formats raise."""
-    return FORMATS[name](store, selection, target)
+def export(format_: ExportFormat, store: Store, selection: Selection, target: Target) -> Exported:
+    """Export the selection in this format. Raises what the formats raise."""
+    return FORMATS[format_](store, selection, target)
 
 
 def _jsonl(store: Store, selection: Selection, target: Target) -> Exported:
@@ -129,10 +122,10 @@ def _otlp(store: Store, selection: Selection, target: Target) -> Exported:
     return Exported(message, {"spans": sent, "rejected": sender.rejected})
 
 
-FORMATS: Mapping[str, Callable[[Store, Selection, Target], Exported]] = {
-    "jsonl": _jsonl,
-    "parquet": _parquet,
-    "llama-factory": _llama_factory,
-    "dspy": _dspy,
-    "otlp": _otlp,
+FORMATS: Mapping[ExportFormat, Callable[[Store, Selection, Target], Exported]] = {
+    ExportFormat.JSONL: _jsonl,
+    ExportFormat.PARQUET: _parquet,
+    ExportFormat.LLAMA_FACTORY: _llama_factory,
+    ExportFormat.DSPY: _dspy,
+    ExportFormat.OTLP: _otlp,
 }

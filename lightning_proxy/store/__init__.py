@@ -42,7 +42,6 @@ from lightning_proxy.store.records import (
     ErrorClass,
     FailureExample,
     FailureSummary,
-    Fidelity,
     Finding,
     Generation,
     KeyOwner,
@@ -50,7 +49,6 @@ from lightning_proxy.store.records import (
     RecordedRollout,
     Reward,
     Rollout,
-    RolloutState,
     RolloutSummary,
     RunState,
     Span,
@@ -67,11 +65,11 @@ from lightning_proxy.store.task_records import (
     Prefer,
     Standing,
     Task,
-    TaskState,
     TaskSummary,
     new_task,
 )
 from lightning_proxy.store.writer import Writer
+from lightning_proxy.words import Fidelity, RolloutState, TaskState
 
 __all__ = [
     "INFRASTRUCTURE",

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 from lightning_proxy.errors import InvalidInput
 from lightning_proxy.store.causes import root_cause
-from lightning_proxy.store.records import ErrorClass, FailureExample, FailureSummary, Rollout, RolloutState
+from lightning_proxy.store.records import ErrorClass, FailureExample, FailureSummary, Rollout
 from lightning_proxy.store.runs import Runs
+from lightning_proxy.words import RolloutState
 
 By = Literal["role", "model", "policy_version"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_proxy.store.records import RolloutState
 from lightning_proxy.store.runs import OF_POLICY, REWARDED, Runs
+from lightning_proxy.words import RolloutState
 
 _LAST_SPAN = """
 (SELECT max(s.span_id) FROM spans AS s WHERE s.rollout_id = r.rollout_id AND s.attempt = a.number)"""

@@ -13,14 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-
-class Fidelity(StrEnum):
-    """How exact the token data of a span is, best first."""
-
-    EXACT = "exact"  # the engine's own token ids and logprobs
-    RETOKENIZED = "retokenized"  # ids recomputed and verified to decode to the same text
-    TEXT = "text"  # no token ids
-    INCOMPLETE = "incomplete"  # capture was cut
+from lightning_proxy.words import Fidelity, RolloutState
 
 
 class ErrorClass(StrEnum):
@@ -68,15 +61,6 @@ INFRASTRUCTURE = frozenset(
         ErrorClass.PROXY_FAULT,
     )
 )
-
-
-class RolloutState(StrEnum):
-    """Where a rollout is. Everything but ``OPEN`` is terminal."""
-
-    OPEN = "open"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
 
 
 class VersionStatus(StrEnum):

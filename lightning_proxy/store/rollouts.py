@@ -13,7 +13,8 @@ import orjson
 
 from lightning_proxy.errors import Conflict, InvalidInput, UnknownTarget
 from lightning_proxy.store.connection import Connection
-from lightning_proxy.store.records import Attempt, ErrorClass, KeyOwner, Rollout, RolloutState
+from lightning_proxy.store.records import Attempt, ErrorClass, KeyOwner, Rollout
+from lightning_proxy.words import RolloutState
 
 _ADD_ROLLOUT = "INSERT OR IGNORE INTO rollouts (rollout_id, state, created_at) VALUES (?, 'open', ?)"
 _ADD_ATTEMPT = """

@@ -13,8 +13,9 @@ import orjson
 from lightning_proxy.errors import UnknownTarget
 from lightning_proxy.store.archive import Archive, Said, id_list
 from lightning_proxy.store.connection import translated
-from lightning_proxy.store.records import ConversationEnd, ErrorClass, Fidelity, Finding, Span
+from lightning_proxy.store.records import ConversationEnd, ErrorClass, Finding, Span
 from lightning_proxy.store.rollouts import encode
+from lightning_proxy.words import Fidelity
 
 # Constant texts, so that SQLite's statements stay prepared in the connection's cache.
 _ADD_SPAN = """

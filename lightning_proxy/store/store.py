@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from lightning_proxy.store.claims import Claims
 from lightning_proxy.store.judgements import Judgements
-from lightning_proxy.store.records import Rollout, RolloutState, RolloutSummary
+from lightning_proxy.store.records import Rollout, RolloutSummary
 from lightning_proxy.store.rollouts import rollout_from
+from lightning_proxy.words import RolloutState
 
 _SUMMARIES = """
 SELECT r.*,

@@ -16,6 +16,7 @@ import orjson
 
 from lightning_proxy.errors import InvalidInput
 from lightning_proxy.store.records import ErrorClass
+from lightning_proxy.words import TaskState
 
 # What another try may change. A prompt that does not fit, or a request that is refused, stays that way.
 RETRIED_BY_DEFAULT = (
@@ -43,14 +44,6 @@ _SETTINGS = frozenset(
     )
 )
 _LARGEST = 2**31
-
-
-class TaskState(StrEnum):
-    """Where a task is. ``DONE``: every rollout of every round has ended."""
-
-    OPEN = "open"
-    DONE = "done"
-    CANCELLED = "cancelled"
 
 
 class Standing(StrEnum):

@@ -17,7 +17,7 @@ import orjson
 from lightning_proxy.errors import Conflict, UnknownTarget
 from lightning_proxy.store.curriculum import GROUPS_LOOKED_AT, standing_of
 from lightning_proxy.store.failures import Failures
-from lightning_proxy.store.records import ErrorClass, Rollout, RolloutState
+from lightning_proxy.store.records import ErrorClass, Rollout
 from lightning_proxy.store.rollouts import encode
 from lightning_proxy.store.task_records import (
     RETRIED_BY_DEFAULT,
@@ -25,10 +25,10 @@ from lightning_proxy.store.task_records import (
     PoolProgress,
     Standing,
     Task,
-    TaskState,
     TaskSummary,
     canonical,
 )
+from lightning_proxy.words import RolloutState, TaskState
 
 _ADD = """
 INSERT INTO tasks (task_id, input, metadata, resources, group_size, rounds, priority, max_attempts, retry_on,

@@ -16,6 +16,7 @@ from lightning_proxy.exchange.otel_import import import_files
 from lightning_proxy.exchange.otlp import Sender, endpoint_of
 from lightning_proxy.exchange.records import Selection
 from lightning_proxy.store import ErrorClass, RolloutState, Span, Store
+from lightning_proxy.words import ExportFormat
 
 from .collector import Collector, Refusal, running_collector
 from .support import QUESTION, agent_rollout, chat_span
@@ -30,7 +31,7 @@ def collector() -> Iterator[Collector]:
 
 
 def send(store: Store, collector: Collector, **how: Any) -> str:
-    return export("otlp", store, EVERYTHING, Target(endpoint=collector.url, **how)).message
+    return export(ExportFormat.OTLP, store, EVERYTHING, Target(endpoint=collector.url, **how)).message
 
 
 def attributes_of(span: Any) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
 
 import orjson
 from aiohttp import web
@@ -15,6 +16,8 @@ from lightning_proxy.errors import (
     RequestError,
     StoreUnavailable,
 )
+
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 async def read_json(request: web.Request, *, empty: Any = None) -> Any:
@@ -45,6 +48,20 @@ def whole(text: str, what: str) -> int:
     if not text.isdecimal() or len(text) > 18:
         raise InvalidInput(f"{text[:80]!r} cannot be {what}: a whole number is needed")
     return int(text)
+
+
+def choice_of(kind: type[Choice], text: object, what: str) -> Choice:
+    """The member of ``kind`` that ``text`` names. Raises InvalidInput, which lists them."""
+    try:
+        return kind(str(text))
+    except ValueError:
+        known = ", ".join(each.value for each in kind)
+        raise InvalidInput(f"{text!r:.80} is no {what}; there are {known}") from None
+
+
+def optional_choice(kind: type[Choice], text: object, what: str) -> Choice | None:
+    """The same, where nothing may be said."""
+    return None if text is None else choice_of(kind, text, what)
 
 
 def limit_of(request: web.Request) -> int:

@@ -13,7 +13,7 @@ from lightning_proxy.proxy.keys import Attributor
 from lightning_proxy.store import ErrorClass, KeyOwner, Rollout, RolloutState, Store, as_json
 
 from .access import Access
-from .requests import answer, fields_of, limit_of, read_json, whole
+from .requests import answer, choice_of, fields_of, limit_of, optional_choice, read_json, whole
 
 _HEAD_ONLY = frozenset({"request", "response", "generations"})
 _CHANGE_FIELDS = frozenset(("state", "reason", "error_class"))
@@ -72,7 +72,7 @@ class RolloutRoutes:
         state = request.query.get("state")
         task_id = request.query.get("task_id")
         limit = limit_of(request)
-        wanted = None if state is None else rollout_state_of(state)
+        wanted = optional_choice(RolloutState, state, "state of a rollout")
         found = await self._access.read(
             lambda store: store.list_rollouts(state=wanted, task_id=task_id, limit=limit)
         )
@@ -99,8 +99,8 @@ class RolloutRoutes:
         posted = self._access.kept(posted, "reason")
         if "state" not in posted:
             raise InvalidInput("the change lacks 'state': succeeded, failed or cancelled")
-        state = rollout_state_of(posted["state"])
-        error_class = error_class_of(posted.get("error_class"))
+        state = choice_of(RolloutState, posted["state"], "state of a rollout")
+        error_class = optional_choice(ErrorClass, posted.get("error_class"), "error_class")
         rollout_id = request.match_info["rollout_id"]
         reason = posted.get("reason")
 
@@ -145,21 +145,3 @@ def _check_rollout(item: Mapping[str, Any]) -> None:
         raise InvalidInput(f"task_id is {item['task_id']!r}: a text is needed")
     if item.get("metadata") is not None and not isinstance(item["metadata"], dict):
         raise InvalidInput(f"metadata is {item['metadata']!r}: an object is needed")
-
-
-def error_class_of(text: object) -> ErrorClass | None:
-    """A class of failure by its name. Raises InvalidInput."""
-    try:
-        return None if text is None else ErrorClass(str(text))
-    except ValueError:
-        known = ", ".join(each.value for each in ErrorClass)
-        raise InvalidInput(f"{text!r} is no error_class; there are {known}") from None
-
-
-def rollout_state_of(text: object) -> RolloutState:
-    """A state by its name. Raises InvalidInput."""
-    try:
-        return RolloutState(str(text))
-    except ValueError:
-        known = ", ".join(state.value for state in RolloutState)
-        raise InvalidInput(f"{text!r} is no state of a rollout; there are {known}") from None

@@ -13,6 +13,7 @@ from lightning_proxy.errors import InvalidInput, StoreError, UnknownTarget
 from lightning_proxy.proxy.keys import Attributor
 from lightning_proxy.store import (
     Assignment,
+    ErrorClass,
     KeyOwner,
     Prefer,
     RolloutState,
@@ -23,8 +24,7 @@ from lightning_proxy.store import (
 )
 
 from .access import Access
-from .requests import answer, fields_of, limit_of, read_json, whole
-from .rollouts import error_class_of, rollout_state_of
+from .requests import answer, choice_of, fields_of, limit_of, optional_choice, read_json, whole
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class TaskRoutes:
         """In the order of their enqueuing; ``state``, ``limit``, ``after`` (a task id)."""
         state, after = request.query.get("state"), request.query.get("after")
         limit = limit_of(request)
-        wanted = None if state is None else _task_state(state)
+        wanted = optional_choice(TaskState, state, "state of a task")
         found = await self._access.read(
             lambda store: store.list_tasks(state=wanted, limit=limit, after=after)
         )
@@ -135,7 +135,7 @@ class TaskRoutes:
         limit = posted.get("limit", 1)
         if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _MOST_AT_ONCE:
             raise InvalidInput(f"limit is {limit!r:.80}: 1 to {_MOST_AT_ONCE} is possible")
-        prefer, task_ids = _prefer(posted.get("prefer")), _task_ids(posted)
+        prefer, task_ids = optional_choice(Prefer, posted.get("prefer"), "preference"), _task_ids(posted)
         lease_s = _seconds(posted, "lease_s", 60.0)
         deadline = asyncio.get_running_loop().time() + min(_seconds(posted, "wait_s", 0.0), _LONGEST_WAIT_S)
         while True:
@@ -167,8 +167,8 @@ class TaskRoutes:
         posted = fields_of(await read_json(request), _FINISH_FIELDS, "the end")
         if "state" not in posted:
             raise InvalidInput("the end lacks 'state': succeeded, failed or cancelled")
-        state = rollout_state_of(posted["state"])
-        error_class = error_class_of(posted.get("error_class"))
+        state = choice_of(RolloutState, posted["state"], "state of a rollout")
+        error_class = optional_choice(ErrorClass, posted.get("error_class"), "error_class")
         rollout_id, attempt = _attempt(request)
         reason = _text(posted, "reason")
         if reason is None and state is RolloutState.FAILED and posted.get("exit_code") is not None:
@@ -268,19 +268,3 @@ def _seconds(posted: dict[str, Any], name: str, default: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
         raise InvalidInput(f"{name} is {value!r:.80}: a number of seconds is needed")
     return value
-
-
-def _prefer(text: object) -> Prefer | None:
-    try:
-        return None if text is None else Prefer(str(text))
-    except ValueError:
-        known = ", ".join(each.value for each in Prefer)
-        raise InvalidInput(f"prefer is {text!r:.80}; there is {known}") from None
-
-
-def _task_state(text: object) -> TaskState:
-    try:
-        return TaskState(str(text))
-    except ValueError:
-        known = ", ".join(state.value for state in TaskState)
-        raise InvalidInput(f"{text!r:.80} is no state of a task; there are {known}") from None
