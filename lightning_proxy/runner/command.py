@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from lightning_proxy.client.proxy import ProxyClient
 from lightning_proxy.errors import InvalidInput, LightningError
+from lightning_proxy.runner.process import how_it_ended
 from lightning_proxy.store.records import ErrorClass
 
 log = logging.getLogger(__name__)
@@ -134,5 +135,5 @@ def _end_state(code: int, received: Sequence[int]) -> dict[str, str | None]:
         return {"state": "cancelled", "reason": f"stopped by {signal.Signals(stopped[0]).name}"}
     if code == 0:
         return {"state": "succeeded", "reason": None}
-    reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    reason = how_it_ended(code)
     return {"state": "failed", "reason": reason, "error_class": ErrorClass.AGENT_CRASH.value}

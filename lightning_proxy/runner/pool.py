@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from lightning_proxy.client.proxy import ProxyClient
-from lightning_proxy.errors import EngineRefused, EngineUnreachable
+from lightning_proxy.errors import EngineRefused, EngineUnreachable, StoreUnavailable
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-AWAY = (EngineUnreachable, EngineRefused)  # the proxy, or its store, may be back in a moment
+# The proxy, or its store, may be back in a moment.
+AWAY = (EngineUnreachable, EngineRefused, StoreUnavailable)
 _SHORTEST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 3.0
 

@@ -66,6 +66,16 @@ class Warden:
             self._process.wait()
 
 
+def how_it_ended(code: int) -> str:
+    """An exit code in words; negative stands for a signal."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # real-time signals have no name
+        return f"killed by signal {-code}"
+
+
 class AgentProcess:
     """One command under way. ``wait`` is for one thread, everything else for any."""
 

@@ -24,7 +24,7 @@ def read_tasks(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises ``InvalidInput`` naming the line and what is wrong with it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in a text
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot read {path}: {error}") from None
     given = {name: value for name, value in settings.items() if value is not None}
@@ -92,7 +92,7 @@ def fill_in(argv: Sequence[str], task: Mapping[str, Any]) -> list[str]:
 def task_environment(assignment: Mapping[str, Any]) -> dict[str, str]:
     """``LIGHTNING_TASK`` (the input as JSON), ``TASK_<FIELD>`` for its scalars, and the resources.
 
-    What is too long for a variable is left out; see ``LIGHTNING_TASK_FILE`` in process.py.
+    What is too long for a variable is left out; see ``LIGHTNING_TASK_FILE`` in worker.py.
     """
     env = {
         "LIGHTNING_TASK_ID": assignment["task_id"],

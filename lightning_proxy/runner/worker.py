@@ -29,7 +29,7 @@ from lightning_proxy.runner import pool as pools
 from lightning_proxy.runner.command import agent_environment
 from lightning_proxy.runner.names import Name
 from lightning_proxy.runner.pool import Pool
-from lightning_proxy.runner.process import AgentProcess, Warden
+from lightning_proxy.runner.process import AgentProcess, Warden, how_it_ended
 from lightning_proxy.runner.taskfile import fill_in, task_environment
 
 log = logging.getLogger(__name__)
@@ -176,14 +176,18 @@ class Runner:
 
     def _carry_out(self, given: dict[str, Any]) -> None:
         key = (given["rollout_id"], given["attempt"])
+        process: AgentProcess | None = None
         try:
             if self._stopping:
                 self._give_back(given, STOPPED)
             elif (process := self._start(given)) is not None:
                 running = self._keep(key, given, process)
                 self._report(running, process.wait())
-        except Exception:
+        except Exception as error:
             log.exception("attempt %d of rollout %s went wrong in the runner", key[1], key[0])
+            if process is not None:
+                process.kill()
+            self._give_back(given, f"the runner failed: {error}")
         finally:
             with self._lock:
                 self._running.pop(key, None)
@@ -248,7 +252,7 @@ class Runner:
             case None if code == 0:
                 self._finish(given, "succeeded", None, None)
             case None:
-                how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+                how = how_it_ended(code)
                 said = process.last_lines()
                 self._finish(given, "failed", f"{how}: {said}" if said else how, "agent_crash")
             case why if why == _TIMED_OUT:

@@ -336,6 +336,8 @@ class Claims(Tasks):
         """In a sentence, for whoever still works on it."""
         sql = "SELECT state, reason FROM attempts WHERE rollout_id = ? AND number = ?"
         ended = self.row(sql, (row["rollout_id"], attempt))
+        if ended is None and attempt <= row["attempt"]:
+            return "it was deleted"
         if ended is None:
             raise UnknownTarget(f"rollout {row['rollout_id']!r} has no attempt {attempt}")
         how = f"it ended as {ended['state']}" + (f" ({ended['reason']})" if ended["reason"] else "")

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from lightning_proxy.store.store import Store
+from lightning_proxy.words import RolloutState
 
 # What happened last in a rollout: its beginning, its end, a call, a reward.
 _SILENT = """
@@ -101,17 +102,16 @@ def delete_rollouts(
     """
     deleted = Deleted()
     for rollout_id in rollout_ids:
-        started = time.monotonic()
         if not _delete(store, rollout_id, deleted):
             deleted.held.append(rollout_id)
         on_rollout(rollout_id)
-        time.sleep(time.monotonic() - started)  # others want to write too
     return deleted
 
 
 def _delete(store: Store, rollout_id: str, deleted: Deleted) -> bool:
     """Whether the rollout is gone."""
-    while True:
+    gone: int | None = None
+    while gone is None:
         started = time.monotonic()
         with store.transaction():
             if store.rows(f"SELECT 1 FROM rollouts AS r WHERE r.rollout_id = ? AND {_HELD}", (rollout_id,)):
@@ -119,12 +119,20 @@ def _delete(store: Store, rollout_id: str, deleted: Deleted) -> bool:
             spans = store.delete_newest_spans(rollout_id, _SPANS_AT_A_TIME)
             deleted.spans += spans
             if spans < _SPANS_AT_A_TIME:
+                _end_in_the_pool(store, rollout_id)
                 for table in TABLES_OF_A_ROLLOUT:
                     sql = f"DELETE FROM {table} WHERE rollout_id = ?"
                     gone = store.connection.execute(sql, (rollout_id,)).rowcount
-                deleted.rollouts += gone
-                return True
         time.sleep(time.monotonic() - started)  # others want to write too
+    deleted.rollouts += gone
+    return True
+
+
+def _end_in_the_pool(store: Store, rollout_id: str) -> None:
+    """The pool must neither hand it out again nor wait for its end; its worker is told to stop."""
+    sql = "SELECT 1 FROM task_rollouts WHERE rollout_id = ? AND state IN ('running', 'waiting')"
+    if store.rows(sql, (rollout_id,)):
+        store.finish_rollout(rollout_id, RolloutState.CANCELLED, "deleted")
 
 
 def empty_log(store: Store, tries: int = 10) -> bool:

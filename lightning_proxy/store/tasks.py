@@ -178,12 +178,7 @@ class Tasks(Failures):
         row = self._task_row(task_id)
         if row["state"] == "cancelled":
             return
-        ended = self.scalar(
-            "SELECT count(*) FROM task_rollouts WHERE task_id = ? AND round = ? "
-            "AND state IN ('succeeded', 'failed')",
-            (task_id, row["round"]),
-        )
-        complete = ended >= row["group_size"] and not self.rows(
+        complete = self._ended_in(task_id, row["round"]) >= row["group_size"] and not self.rows(
             "SELECT 1 FROM task_rollouts WHERE task_id = ? AND state IN ('running', 'waiting')", (task_id,)
         )
         if not complete:
@@ -192,6 +187,26 @@ class Tasks(Failures):
             self._place(task_id, TaskState.OPEN, row["round"] + 1, self.judge_task(row))
         else:
             self._place(task_id, TaskState.DONE, row["round"])
+
+    def _open_again(self, before: sqlite3.Row) -> None:
+        """After a task's settings may have changed: there may be more to do, or less.
+
+        A last round that was left out (``skipped_*``) stays so; there may be rounds behind it.
+        """
+        row = self._task_row(before["task_id"])
+        ended = self._ended_in(row["task_id"], row["round"])
+        if row["state"] != TaskState.DONE or ended >= before["group_size"]:
+            self.settle_task(row["task_id"])
+        elif row["round"] < row["rounds"]:
+            self._place(row["task_id"], TaskState.OPEN, row["round"] + 1)
+
+    def _ended_in(self, task_id: str, round_: int) -> int:
+        ended: int = self.scalar(
+            "SELECT count(*) FROM task_rollouts WHERE task_id = ? AND round = ? "
+            "AND state IN ('succeeded', 'failed')",
+            (task_id, round_),
+        )
+        return ended
 
     def judge_task(self, row: sqlite3.Row) -> Standing:
         """What a task's last rewarded rollouts say of it."""
@@ -230,7 +245,7 @@ class Tasks(Failures):
             )
         else:
             self.connection.execute(_CHANGE, (*settings, task.task_id))
-            self.settle_task(task.task_id)
+            self._open_again(present)
         return task_from(self._task_row(task.task_id)), present is None
 
     def _task_row(self, task_id: str) -> sqlite3.Row:

@@ -14,7 +14,7 @@ import pytest
 
 from lightning_proxy.errors import InvalidInput
 from lightning_proxy.runner.names import Name
-from lightning_proxy.runner.process import AgentProcess, Warden
+from lightning_proxy.runner.process import AgentProcess, Warden, how_it_ended
 from tests.conftest import wait_until
 
 
@@ -59,6 +59,14 @@ def test_its_output_goes_into_its_log_and_its_input_is_empty(warden: Warden, tmp
 
 def test_a_signal_that_ends_it_is_told(warden: Warden, tmp_path: Path) -> None:
     assert start(warden, tmp_path, "kill -SEGV $$").wait() == -signal.SIGSEGV
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(3, "exit code 3"), (-9, "killed by SIGKILL"), (-40, "killed by signal 40")],
+)
+def test_an_end_has_words(code: int, said: str) -> None:
+    assert how_it_ended(code) == said
 
 
 def test_what_it_leaves_running_ends_with_it(warden: Warden, tmp_path: Path) -> None:

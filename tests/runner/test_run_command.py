@@ -19,6 +19,8 @@ from lightning_proxy.client import ProxyClient
 from lightning_proxy.errors import Conflict, EngineRefused, EngineUnreachable, InvalidInput, UnknownTarget
 from lightning_proxy.runner import RolloutRequest, run_command
 from lightning_proxy.runner.command import agent_environment
+from lightning_proxy.runner.pool import Pool, patiently
+from tests.conftest import wait_until
 
 ROLLOUT = {
     "rollout_id": "r-1",
@@ -201,6 +203,19 @@ def test_what_the_proxy_refuses_becomes_the_error_that_it_was(
     proxy.answers["GET"] = (status, json.dumps({"error": {"message": "because"}}).encode())
     with pytest.raises(error, match="because"):
         ProxyClient(proxy.url).get("/api/x")
+
+
+def test_a_store_that_does_not_write_for_a_moment_is_waited_for(proxy: FakeProxy) -> None:
+    proxy.answers["POST"] = (503, b'{"error": {"message": "the store is not writing"}}')
+    pool = Pool(ProxyClient(proxy.url), "worker", 60.0)
+
+    def mended() -> None:
+        wait_until(lambda: len(proxy.requests) >= 2)
+        proxy.answers["POST"] = (200, b'{"assignments": []}')
+
+    threading.Thread(target=mended, daemon=True).start()
+    assert patiently(lambda: pool.claim(1, task_ids=None, prefer=None, wait_s=0), lambda: False) == []
+    assert len(proxy.requests) >= 3
 
 
 def test_a_missing_token_is_told_where_to_put_it(proxy: FakeProxy) -> None:

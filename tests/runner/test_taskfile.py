@@ -97,3 +97,9 @@ def test_the_environment_has_the_whole_input_and_its_scalars() -> None:
 def test_what_does_not_fit_into_a_variable_is_left_out() -> None:
     env = task_environment({"task_id": "t", "input": {"long": "x" * 200_000, "zero": "a\0b", "some-name": 1}})
     assert env.keys() == {"LIGHTNING_TASK_ID", "TASK_SOME_NAME"}
+
+
+def test_a_line_ends_where_jsonl_says_and_a_byte_order_mark_is_none_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "tasks.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + '{"q": "a\u2028b\u0085c"}\r\n{"q": "d"}\n'.encode())
+    assert [task["input"]["q"] for task in read_tasks(file, {})] == ["a\u2028b\u0085c", "d"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_proxy.errors import UnknownTarget
-from lightning_proxy.store import RolloutState, Store
+from lightning_proxy.store import RolloutState, Store, TaskState, new_task
 from lightning_proxy.store.retention import (
     TABLES_OF_A_ROLLOUT,
     Selection,
@@ -259,3 +259,17 @@ def test_a_log_that_somebody_reads_is_not_emptied(store: Store, db: Path) -> Non
         assert not empty_log(store, tries=1)
         reader.connection.execute("COMMIT")
     assert empty_log(store)
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_rollout_of_the_pool_that_is_deleted_ends_there(store: Store, waiting: bool) -> None:
+    store.enqueue_tasks([new_task({"task_id": name, "input": {"q": name}}) for name in "ab"])
+    [given] = store.claim_tasks("worker")
+    if waiting:
+        store.release_attempt(given.rollout_id, given.attempt)
+    delete_rollouts(store, [given.rollout_id])
+    told = store.heartbeat_attempt(given.rollout_id, given.attempt)
+    assert (told.stop, told.reason) == (True, "it was deleted")
+    store.sweep_tasks()
+    assert sorted(each.task.task_id for each in store.claim_tasks("worker", limit=5)) == ["a", "b"]
+    assert store.cancel_task("a").task.state is TaskState.CANCELLED

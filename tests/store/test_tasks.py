@@ -260,6 +260,18 @@ def test_tasks_that_disagree_come_first_and_others_are_skipped_and_counted(store
     assert progress.succeeded == progress.rollouts == 12
 
 
+def test_enqueuing_again_leaves_a_skipped_round_skipped(store: Store) -> None:
+    enqueue(store, "easy", group_size=2, rounds=2)
+    assert work_off(store, {"easy": [1.0]}, prefer=Prefer.DISAGREEMENT) == ["easy"] * 2
+    for _ in range(3):
+        enqueue(store, "easy", group_size=2, rounds=2)
+        assert work_off(store, {"easy": [1.0]}) == []
+    assert store.get_task("easy").task.skipped_solved == 1
+    enqueue(store, "easy", rounds=3)
+    assert work_off(store, {"easy": [1.0]}) == ["easy"] * 2
+    assert store.pool_progress().rollouts == 4
+
+
 def test_without_a_preference_nothing_is_skipped(store: Store) -> None:
     enqueue(store, "easy", group_size=2, rounds=3)
     assert work_off(store, {"easy": [1.0]}) == ["easy"] * 6

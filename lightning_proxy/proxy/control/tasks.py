@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from lightning_proxy.errors import InvalidInput, StoreError, UnknownTarget
+from lightning_proxy.errors import InvalidInput, LightningError, UnknownTarget
 from lightning_proxy.proxy.keys import Attributor
 from lightning_proxy.store import (
     Assignment,
@@ -74,7 +74,7 @@ class TaskRoutes:
                 if await self._access.read(lambda store: store.pool_is_overdue()):
                     await self._access.write(lambda store: store.sweep_tasks())
                     await self._tell()
-            except StoreError as error:
+            except LightningError as error:
                 log.warning("the task pool was not looked after: %s", error)
                 await asyncio.sleep(_SWEEP_S)
 
