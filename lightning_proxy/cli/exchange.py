@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from datetime import datetime
 from enum import StrEnum
@@ -24,8 +23,6 @@ from lightning_proxy.words import ExportFormat, Fidelity, Per, RolloutState
 
 if TYPE_CHECKING:
     from lightning_proxy.exchange.otel_import import ImportReport
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 class ImportFormat(StrEnum):
@@ -198,11 +195,15 @@ def _time(text: str | None, option: str) -> float | None:
     """Unix seconds of a date, a time (this machine's, unless it says which), or so long ago."""
     if text is None:
         return None
-    if ago := re.fullmatch(r"(\d+)([smhdw])", text):
-        return time.time() - int(ago[1]) * _SECONDS[ago[2]]
+    from lightning_proxy.store import seconds_of
+
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
+        pass  # it may say how long ago
+    try:
+        return time.time() - seconds_of(text)
+    except InvalidInput:
         raise InvalidInput(
             f"{option} is {text!r}: a date (2026-01-31), a time (2026-01-31T12:00) or a time ago (12h, 7d) "
             "is needed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from lightning_proxy.store import Store
     from lightning_proxy.store.retention import Selection
 
-_SECONDS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _SHOWN = 10  # ids of rollouts that are named
 
 
@@ -61,23 +59,16 @@ def prune(
 
 
 def _selection(older_than: str | None, rollouts: list[str], tags: list[str]) -> Selection:
+    from lightning_proxy.store import seconds_of
     from lightning_proxy.store.retention import Selection
 
     for tag in tags:
         if not tag.partition("=")[0] or "=" not in tag:
             raise InvalidInput(f"a tag is KEY=VALUE, and this is {tag!r}")
-    silent_since = None if older_than is None else time.time() - _duration(older_than)
+    silent_since = None if older_than is None else time.time() - seconds_of(older_than)
     return Selection(
         tuple(rollouts), silent_since, {tag.partition("=")[0]: tag.partition("=")[2] for tag in tags}
     )
-
-
-def _duration(text: str) -> float:
-    """Seconds. Raises ``InvalidInput``."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", text.strip())
-    if found is None:
-        raise InvalidInput(f"{text!r} is no length of time: 90m, 12h, 30d and 8w are")
-    return float(found[1]) * _SECONDS[found[2]]
 
 
 def _prune(store: Store, selection: Selection, *, dry_run: bool, vacuum: bool, quiet: bool) -> dict[str, Any]:

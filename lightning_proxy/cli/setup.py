@@ -88,7 +88,7 @@ def demo(
     """Close the whole loop on this machine: an agent that learns.
 
     A tiny model behind a real vLLM, an ordinary tool-using agent, rewards after the fact, training,
-    new weights behind the running proxy, again and again, for about five minutes. Exit code 1 if
+    new weights behind the running proxy, again and again, for two to four minutes. Exit code 1 if
     held-out success does not get over 0.8.
     """
     from lightning_proxy.demo.loop import ITERATIONS, run_demo

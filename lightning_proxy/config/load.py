@@ -194,6 +194,7 @@ def _parse_text(text: str, info: FieldInfo, variable: str) -> Any:
 def allowed(info: FieldInfo) -> str:
     """What a setting may be, in words, from its type and range."""
     text = str(info.annotation)
+    kind = next((each for each in get_args(info.annotation) if each in (int, float)), info.annotation)
     if "Literal" in text:
         words = "one of " + ", ".join(re.findall(r"'([^']*)'", text))
     elif info.annotation is bool:
@@ -202,8 +203,8 @@ def allowed(info: FieldInfo) -> str:
         words = "a list of texts"
     elif get_origin(info.annotation) is dict:
         words = "a table of texts" if get_args(info.annotation)[1] is str else "a table of settings"
-    elif info.annotation in (int, float):
-        words = "a whole number" if info.annotation is int else "a number"
+    elif kind in (int, float):
+        words = "a whole number" if kind is int else "a number"
     else:
         words = "a path" if "Path" in text else "a text"
     rules = [(name, getattr(rule, name, None)) for rule in info.metadata for name in _LIMITS]

@@ -410,10 +410,12 @@ class Settings(Table):
     @model_validator(mode="after")
     def _rewards_of_roles_need_groups_by_role(self) -> Self:
         for name, roles in self.reward_roles.items():
-            if not self.train.group_by_role:
+            if not (
+                self.train.group_by_role and all(p.train.get("group_by_role", True) for p in self.policies)
+            ):
                 raise ValueError(
                     f"the reward {name!r} is for the roles {', '.join(roles)} only, which needs "
-                    "train.group_by_role = true: else all roles have the same return"
+                    "train.group_by_role = true, of every policy: else all roles have the same return"
                 )
         return self
 

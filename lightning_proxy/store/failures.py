@@ -15,7 +15,7 @@ from lightning_proxy.words import RolloutState
 By = Literal["role", "model", "policy_version"]
 
 _LAST_CALLS = 8  # parallel ones that were cut off included
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 # Whatever failed since :since, as (class, call or not, span, rollout, time, message, part). Calls from span
 # :first on: an index by time would cost every call something, and a bisection costs nothing.
@@ -152,8 +152,8 @@ def _example(row: Any) -> FailureExample:
 
 
 def seconds_of(text: str) -> float:
-    """``90s``, ``30m``, ``24h`` or ``7d`` in seconds. Raises ``InvalidInput``."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhd])", text.strip())
+    """``90s``, ``30m``, ``24h``, ``30d`` or ``8w`` in seconds. Raises ``InvalidInput``."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhdw])", text.strip())
     if match is None:
-        raise InvalidInput(f"{text[:40]!r} is no length of time: 90s, 30m, 24h or 7d would be one")
+        raise InvalidInput(f"{text[:40]!r} is no length of time: 90s, 30m, 24h, 30d or 8w would be one")
     return float(match[1]) * _UNITS[match[2]]

@@ -91,7 +91,8 @@ def test_help_loads_no_room() -> None:
     program = (
         "import sys, lightning_proxy.cli\n"
         "print([m for m in sys.modules if m.startswith('lightning_proxy.') and not "
-        "m.startswith(('lightning_proxy.cli', 'lightning_proxy.errors'))], 'pydantic' in sys.modules)"
+        "m.startswith(('lightning_proxy.cli', 'lightning_proxy.errors', 'lightning_proxy.words'))], "
+        "'pydantic' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[] False\n"

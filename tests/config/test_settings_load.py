@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from lightning_proxy.config import Settings, load_settings
+from lightning_proxy.config.load import allowed
+from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.errors import ConfigError
 
 
@@ -284,6 +286,18 @@ def test_a_reward_may_be_for_some_roles_where_groups_are_by_role() -> None:
     assert settings.reward_roles == {"style": ("writer",)}
     with pytest.raises(ValueError, match=r"'style' is for the roles writer only.*group_by_role = true"):
         Settings.model_validate({"rewards": entries})
+    apart = {
+        "name": "critic",
+        "upstream": "http://127.0.0.1:8001/v1",
+        "roles": ["critic"],
+        "train": {"group_by_role": False},
+    }
+    with pytest.raises(ValueError, match=r"group_by_role = true, of every policy"):
+        Settings.model_validate({"rewards": entries, "train": {"group_by_role": True}, "policies": [apart]})
+
+
+def test_an_optional_number_is_told_as_one() -> None:
+    assert allowed(TrainSettings.model_fields["clip_ratio_high"]) == "a number above 0"
 
 
 def test_a_discount_without_an_effect_is_refused() -> None:
