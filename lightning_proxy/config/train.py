@@ -223,8 +223,10 @@ class GuardSettings(Table):
     max_kl: float = Field(
         default=0.5,
         gt=0,
-        description="Largest mean divergence per token (nats) of a step from the weights the run began with. "
-        "Above it the run fails, and what it drained waits for the next.",
+        description="Largest mean divergence per token (nats) from the weights the run began with, measured "
+        "at each step before that step's own update, so that a pass of one step cannot exceed it; with "
+        "importance `behaviour` from the weights that sampled. Above it the run fails, and what it drained "
+        "waits for the next.",
     )
     max_reward_drop: float = Field(
         default=0.5,
