@@ -164,7 +164,10 @@ class TrainSettings(CreditSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the update runs.")
     workers: int = Field(
-        default=1, ge=1, description="Workers of the update; more than one runs them on Ray."
+        default=1,
+        ge=1,
+        description="Workers of the update; more than one runs them on Ray, but not with `kl_coef` or DPO's "
+        "reference `base`.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Precision of the update's forward pass."
@@ -196,6 +199,23 @@ class TrainSettings(CreditSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_worker_where_version_0_is_loaded_too(self) -> Self:
+        if self.workers > 1 and (wanted_by := self._version_0_is_for()) is not None:
+            raise ValueError(
+                f"train.workers is {self.workers} but {wanted_by}, for which version 0 is loaded beside the "
+                "weights that are trained: its workers would wait for ever for what the others hold; "
+                "set train.workers to 1"
+            )
+        return self
+
+    def _version_0_is_for(self) -> str | None:
+        if self.algorithm == "rl" and self.kl_coef > 0:
+            return f"train.kl_coef is {self.kl_coef:g}"
+        if self.algorithm == "dpo" and self.dpo_reference == "base":
+            return "train.dpo_reference is 'base'"
+        return None
+
 
 class GuardSettings(Table):
     """When a training run stops instead of publishing. Collapse goes one way: better not to begin."""
@@ -203,8 +223,10 @@ class GuardSettings(Table):
     max_kl: float = Field(
         default=0.5,
         gt=0,
-        description="Largest mean divergence per token (nats) of a step from the weights the run began with. "
-        "Above it the run fails, and what it drained waits for the next.",
+        description="Largest mean divergence per token (nats) from the weights the run began with, measured "
+        "at each step before that step's own update, so that a pass of one step cannot exceed it; with "
+        "importance `behaviour` from the weights that sampled. Above it the run fails, and what it drained "
+        "waits for the next.",
     )
     max_reward_drop: float = Field(
         default=0.5,

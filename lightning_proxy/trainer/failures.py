@@ -183,8 +183,7 @@ class Consequences:
         if not trained:
             self._left_out.rollouts[Reason.NO_TRANSITION] += 1
             return None
-        # By its first prompt a rollout finds its group, whether that call is trained or not.
-        return replace(rollout, transitions=trained, first_prompt_ids=rollout.transitions[0].prompt_ids)
+        return replace(rollout, transitions=trained)
 
 
 def classes_of(spans: Sequence[Span]) -> dict[int, list[ErrorClass]]:

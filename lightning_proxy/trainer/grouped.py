@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def grouped(
         left_out,
         consequences.counts,
         float(np.mean(values)) if values else None,
-        None if parent is None else look_at(rollouts, parent.version),
+        None if parent is None else look_at(rollouts, parent.version, but=frozenset(grouping.for_later)),
     )
 
 
@@ -163,12 +163,16 @@ def terms_of(settings: Settings, parent: PolicyVersion | None, *, sampled: bool 
     )
 
 
-def look_at(rollouts: Iterable[TrainableRollout], version: int) -> Look | None:
-    """At the rollouts of which every trainable call was answered by this version."""
+def look_at(rollouts: Iterable[TrainableRollout], version: int, *, but: Collection[str] = ()) -> Look | None:
+    """At the rollouts of which every trainable call was answered by this version.
+
+    Without those that are given back (``but``): the run that uses them sees them, and no other.
+    """
     own = [
         rollout
         for rollout in rollouts
-        if all(transition.sampled_by == version for transition in rollout.transitions)
+        if rollout.rollout_id not in but
+        and all(transition.sampled_by == version for transition in rollout.transitions)
     ]
     if len(own) < 2:
         return None

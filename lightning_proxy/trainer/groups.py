@@ -29,6 +29,7 @@ from lightning_proxy.trainer.transitions import (
     Reason,
     Terms,
     TrainableRollout,
+    first_prompt,
     steps_of,
 )
 
@@ -218,13 +219,12 @@ def groups_of_recorded(recorded: Iterable[RecordedRollout], terms: Terms) -> set
     found = set()
     for each in recorded:
         ours = [each.spans[position] for position in steps_of(each.spans, terms)]
-        prompts = [one.prompt_token_ids for span in ours for one in span.generations]
         if each.rollout.task_id is not None:
             found.add(Group(BY_TASK, each.rollout.task_id))
         elif terms.normalised_prompts:
             found |= {Group(BY_NORMALISED_PROMPT, normalised_prompt(span.request) or "") for span in ours[:1]}
-        elif prompts:
-            found.add(_by_prompt(prompts[0]))
+        elif (prompt := first_prompt(ours)) is not None:
+            found.add(_by_prompt(prompt))
     return found
 
 

@@ -108,7 +108,11 @@ def _agreement(mixed: int, groups: int, least: float) -> Collapse | None:
 
 
 def check_steps(steps: Sequence[Mapping[str, float]], settings: GuardSettings) -> None:
-    """Raise ``CheckpointInvalid`` where a step's loss or gradient was not finite, or went too far."""
+    """Raise ``CheckpointInvalid`` where a step's loss or gradient was not finite, or went too far.
+
+    A step's ``kl`` is of before its own update: from the parent's weights it is 0 at the first step, and what
+    the last step did is in none. With ``importance = "behaviour"`` it is from the sampler's.
+    """
     for number, metrics in enumerate(steps, start=1):
         for name in ("pg_loss", "nll", "dpo_loss", "grad_norm"):  # as far as the algorithm has it
             if not math.isfinite(metrics.get(name, 0.0)):

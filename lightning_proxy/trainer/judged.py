@@ -32,10 +32,15 @@ def load_judge(where: str) -> Judge:
     assert spec is not None  # the setting's pattern asks for a .py
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(spec.name)
+    sys.modules[spec.name] = module  # dataclasses look there for what a file's annotations mean
     try:
         with contextlib.redirect_stdout(sys.stderr):
             spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody's file raises
+        sys.modules.pop(spec.name, None)
+        if before is not None:  # an earlier file's of that name, whose functions may still need it
+            sys.modules[spec.name] = before
         raise ConfigError(f"automatic_rewards.function: {path} cannot be loaded: {error!r}") from error
     function = module.__dict__.get(name)
     if not callable(function):

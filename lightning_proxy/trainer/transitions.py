@@ -132,7 +132,7 @@ class TrainableRollout:
     again: bool = False  # trained on before, for another return
     companions: tuple[TrainableRollout, ...] = ()  # where again: its former group, for comparison only
     baseline_only: bool = False
-    first_prompt_ids: array[int] | None = None  # where that call may be none of the transitions
+    first_prompt_ids: array[int] | None = None  # of all steps, those too that are not trained on
     steps: tuple[Step, ...] = ()
     payments: tuple[Payment, ...] = ()
     normalised_prompt: str | None = None  # where first prompts are compared by that
@@ -155,11 +155,6 @@ class TrainableRollout:
             return max((place for known, place in at.items() if known and known < span_id), default=0)
 
         return [step_of(each.span_id) for each in payments]
-
-    @property
-    def trained_tokens(self) -> int:
-        """Number of tokens that the policy generated."""
-        return sum(len(transition.response_ids) for transition in self.transitions)
 
 
 @dataclass(slots=True)
@@ -228,6 +223,7 @@ def _trainable(
         transitions,
         again=recorded.again,
         companions=tuple(to_compare_with(each, terms) for each in recorded.companions),
+        first_prompt_ids=first_prompt(steps),
         steps=tuple(Step(span.span_id, span.role) for span in steps),
         payments=terms.rule.payments(recorded.rewards),
         normalised_prompt=normalised_prompt(steps[0].request) if terms.normalised_prompts else None,
@@ -260,6 +256,16 @@ def steps_of(spans: Sequence[Span], terms: Terms) -> dict[int, int]:
         if position not in unseen and _why_not_ours(span, terms) is None
     ]
     return {position: number for number, position in enumerate(places)}
+
+
+def first_prompt(steps: Iterable[Span]) -> array[int] | None:
+    """The first prompt of a rollout whose token ids are known, whether that call is trained on or not.
+
+    So what is left out of a rollout never changes which others it is compared with.
+    """
+    return next(
+        (one.prompt_token_ids for span in steps for one in span.generations if one.prompt_token_ids), None
+    )
 
 
 def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -> tuple[Transition, ...]:

@@ -300,6 +300,21 @@ def test_an_optional_number_is_told_as_one() -> None:
     assert allowed(TrainSettings.model_fields["clip_ratio_high"]) == "a number above 0"
 
 
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"kl_coef": 0.1}, r"train\.workers is 2 but train\.kl_coef is 0\.1"),
+        ({"algorithm": "dpo", "dpo_reference": "base"}, r"train\.dpo_reference is 'base'"),
+    ],
+)
+def test_version_0_beside_several_workers_is_refused(train: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Settings.model_validate({"train": {"workers": 2, **train}})
+    assert Settings.model_validate({"train": {"workers": 1, **train}}).train.workers == 1
+    other = {**train, "algorithm": "sft"}  # which has no reference
+    assert Settings.model_validate({"train": {"workers": 2, **other}}).train.workers == 2
+
+
 def test_a_discount_without_an_effect_is_refused() -> None:
     for credit in ("discounted", "return_to_go"):
         train = Settings.model_validate({"train": {"credit": credit, "discount": 0.9}}).train

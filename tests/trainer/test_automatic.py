@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,29 @@ def test_a_function_that_cannot_be_loaded_is_an_error_that_says_why(
         path.write_text(source)
     with pytest.raises(ConfigError, match=said):
         enter(store, function=f"{path}:f")
+
+
+def test_a_functions_file_that_fails_leaves_the_module_that_was_there(store: Store, tmp_path: Path) -> None:
+    call(store, "r")
+    store.finish_rollout("r", RolloutState.SUCCEEDED)
+    enter(store, function=write(tmp_path, "def f(rollout): return 1"))
+    before = sys.modules["lightning_reward_judge"]
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        enter(store, function=write(tmp_path, "1 / 0\ndef f(rollout): return 1"))
+    assert sys.modules["lightning_reward_judge"] is before
+
+
+def test_a_functions_file_may_define_dataclasses_with_annotations_that_are_text(
+    store: Store, tmp_path: Path
+) -> None:
+    call(store, "r")
+    store.finish_rollout("r", RolloutState.SUCCEEDED)
+    source = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Verdict:\n    value: float\ndef f(rollout): return Verdict(0.5).value"
+    )
+    enter(store, function=write(tmp_path, source))
+    assert {each.name: each.value for each in store.list_rewards("r")} == {"f": 0.5}
 
 
 # --- in a pass ----------------------------------------------------------------------------------

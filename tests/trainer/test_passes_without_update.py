@@ -248,3 +248,16 @@ def test_sft_takes_groups_of_one_and_dpo_leaves_them_for_later(store: Store) -> 
     sft, _ = run(store, algorithm="sft", min_rollouts=1, model=store.path.parent)
     assert (sft.outcome, sft.left_out["rollouts"]) == (Outcome.NOTHING, {"below_min_return": 1})
     assert store.backlog(POLICY).rollouts_ready == 0
+
+
+@pytest.mark.parametrize("algorithm", ["rl", "dpo"])
+def test_rollouts_that_are_given_back_are_not_looked_at_again_each_pass(store: Store, algorithm: str) -> None:
+    for task in ("one", "two", "three"):
+        record_group(store, task, [0.5], turns=1)
+    for _ in range(2):
+        report, _ = run(store, algorithm=algorithm, model=store.path.parent)
+        assert (report.counts["given_back"], report.rewards) == (3, None)
+    record_group(store, "equal", [1.0, 1.0], turns=1)
+    report, _ = run(store, algorithm=algorithm, model=store.path.parent)
+    assert report.rewards is not None
+    assert (report.rewards["count"], report.rewards["mean"]) == (2, 1.0)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_proxy.store import Fidelity, RecordedRollout, Reward, Span
+from lightning_proxy.trainer.groups import group_of
 from lightning_proxy.trainer.transitions import (
     LeftOut,
     Reason,
@@ -134,3 +135,24 @@ def test_only_the_chosen_roles_become_transitions() -> None:
     )
     assert [each.role for each in rollout.transitions] == ["writer"]
     assert left_out.calls == {Reason.OTHER_ROLE: 2}
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        span("r", generation([1, 2], [3]), policy_version=-1, policy_version_end=-1),  # too old
+        span("r", generation([1, 2], [3], lambda *_: [])),
+        span("r", generation([1, 2], [])),
+        span("r", generation([1, 2], [3] * 99)),
+    ],
+)
+def test_a_rollout_finds_its_group_by_its_first_prompt_though_that_call_is_left_out(first: Span) -> None:
+    then = span("r", generation([1, 2, 3, 4], [5]))
+    whole = [span("r", generation([1, 2], [3])), then]
+    nothing = span("r", fidelity=Fidelity.TEXT)  # nobody knows its tokens
+    kept, _ = convert(
+        *(recorded("r", calls, reward()) for calls in ([first, then], whole, [nothing, *whole]))
+    )
+    assert [len(each.transitions) for each in kept] == [1, 2, 2]
+    assert [each.first_prompt_ids for each in kept] == [array("i", [1, 2])] * 3
+    assert len({group_of(each) for each in kept}) == 1

@@ -40,7 +40,7 @@ class Candidates:
     left_out: LeftOut = field(default_factory=LeftOut)
     failures: FailureCounts = field(default_factory=FailureCounts)
     reward_mean: float | None = None  # of all rollouts drained for their return
-    look: Look | None = None  # at what the parent version did
+    parent: int | None = None  # the version that the pass begins with
 
     def by_group(self) -> dict[Group, list[TrainableRollout]]:
         """The rollouts of each group (``groups``), in order."""
@@ -67,7 +67,11 @@ class Picked:
     @property
     def look(self) -> Look | None:
         """At what the parent version did."""
-        return self.candidates.look
+        found = self.candidates
+        if found.parent is None:
+            return None
+        look = look_at(found.rollouts, found.parent, but=frozenset(self.for_later))
+        return None if look is None else replace(look, entropy=None)  # greedy calls say nothing of it
 
     def trajectories(self) -> list[Trajectory]:
         """The rows."""
@@ -83,6 +87,7 @@ class Picked:
         used = {transition.rollout_id for transition in transitions}
         rewarded = [each for each in self.candidates.rollouts if each.rollout_id in used]
         methods = Counter(group_of(each).method for each in rewarded)
+        look = self.look
         return {
             "counts": {
                 "rollouts": len(used),
@@ -95,7 +100,7 @@ class Picked:
             "failures": self.candidates.failures.as_dict(),
             "grouped_by": dict(methods),
             "reward_mean": self.candidates.reward_mean,
-            "rewards": None if self.look is None else self.look.rewards,
+            "rewards": None if look is None else look.rewards,
         }
 
 
@@ -115,14 +120,13 @@ def candidates(
     rollouts = consequences.apply(rollouts)
     shown = demonstrations_of(recorded, terms, functools.cache(lambda: _answers(settings, parent)), left_out)
     values = [each.value for each in for_return if each.value is not None]
-    look = None if parent is None else look_at(rollouts, parent.version)
     return Candidates(
         rollouts,
         shown,
         left_out,
         consequences.counts,
         float(np.mean(values)) if values else None,
-        None if look is None else replace(look, entropy=None),  # greedy calls say nothing of it
+        None if parent is None else parent.version,
     )
 
 

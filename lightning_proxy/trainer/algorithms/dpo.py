@@ -179,6 +179,7 @@ def _extremes(members: Sequence[TrainableRollout], min_gap: float, found: Candid
     reason = None
     if best.value - worst.value < min_gap:
         reason = Reason.SMALL_GAP
+    # Of the calls that are trained on: in one group, too, these differ where one side's first was left out.
     elif best.transitions[0].prompt_ids != worst.transitions[0].prompt_ids:
         reason = Reason.PROMPT_DIFFERS
     elif _said(best) == _said(worst):
