@@ -82,9 +82,11 @@ class Redactor:
         rules = [rule for rule in self._rules if rule.is_for(span.role)]
         for_request = [rule for rule in rules if rule.in_request]
         for_response = [rule for rule in rules if rule.in_response]
+        if not rules and span.rollout_id not in self._remembered:
+            return span
         taken = _Taken()
-        asked = request or _body(span.request)
-        answered = None if span.response is None else _body(span.response)
+        asked = request or _asked(span.request)
+        answered = None if span.response is None else _answered(span.response)
         patterns = [rule for rule in rules if rule.path is None]
         new = [
             self._by_rules(for_request, asked, taken),
@@ -298,12 +300,22 @@ class _Literals:
 # -- bodies and tokens -----------------------------------------------------------------------------
 
 
-def _body(body: bytes) -> Any:
-    """A body as JSON, or as a text where it is none."""
+def _asked(body: bytes) -> Any:
+    """A request as JSON. Raises ``ValueError`` where it is none: nobody could see what its escapes say."""
+    return orjson.loads(body) if body else ""
+
+
+def _answered(body: bytes) -> Any:
+    """An answer as JSON, or as a text (an error page). Raises ``ValueError`` where it is neither.
+
+    What is spelt as JSON but is none (lone surrogates, NaN) has escapes as well, and is no text.
+    """
     try:
-        return orjson.loads(body)
+        return orjson.loads(body) if body else ""
     except orjson.JSONDecodeError:
-        return body.decode("utf-8", "replace")
+        if body.lstrip()[:1] in (b"{", b"[", b'"'):
+            raise
+        return body.decode()
 
 
 def _dumped(value: Any) -> bytes:

@@ -136,8 +136,33 @@ def test_what_cannot_be_looked_through_keeps_only_its_numbers() -> None:
     assert made.generations[0].prompt_token_ids == array("i")
 
 
-def test_what_is_no_json_is_a_text() -> None:
+def test_an_answer_that_is_no_json_is_a_text() -> None:
     made = redactor({"pattern": "s3cret"}).span(
-        replace(span({}, None, error="oh s3cret"), request=b"a s3cret\xff")
+        replace(span({}, {}, error="oh s3cret"), response=b"a s3cret")
     )
-    assert (made.request, made.error) == ("a [redacted]�".encode(), "oh [redacted]")
+    assert (made.response, made.error) == (b"a [redacted]", "oh [redacted]")
+    empty = replace(span({}, {}), request=b"", response=b"")
+    assert redactor({"pattern": "s3cret"}).span(empty) is empty
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"m": "s\u0033cret", "x": "\ud83d"}',
+        rb'{"metadata": {"name": "Ann"}, "temperature": NaN}',
+        b"(\xb5/\xfd\x04\x00s3cret",
+        b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\ns3cret\r\n--b--',
+    ],
+)
+def test_a_request_that_is_no_json_keeps_only_its_numbers(body: bytes) -> None:
+    rules = redactor({"pattern": "s3cret", "roles": ["a"]}, {"path": "metadata.name", "roles": ["a"]})
+    made = rules.span(replace(span({}, {}, role="a"), request=body))
+    assert (made.request, made.response, made.redacted) == (b"{}", b"{}", "unread")
+    other = replace(span({}, {}, role="b"), request=body)
+    assert rules.span(other) is other
+
+
+@pytest.mark.parametrize("body", [rb'{"m": "s\u0033cret", "x": "\ud83d"}', b"(\xb5/\xfds3cret"])
+def test_an_answer_that_cannot_be_read_keeps_only_its_numbers(body: bytes) -> None:
+    made = redactor({"pattern": "s3cret"}).span(replace(span({}, {}), response=body))
+    assert (made.request, made.response, made.redacted) == (b"{}", b"{}", "unread")
