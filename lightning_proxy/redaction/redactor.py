@@ -71,7 +71,7 @@ class Redactor:
         except (RecursionError, ValueError, TypeError) as error:
             log.warning("a span of rollout %s could not be redacted, and is kept without its texts: %r",
                         span.rollout_id, error)  # fmt: skip
-            return _without_texts(span)
+            return replace(_without_texts(span), response_id=self._kept_id(span))
 
     def value(self, value: Any) -> Any:
         """Something that is no span (a comment, metadata), by the rules that are patterns for all roles."""
@@ -94,11 +94,12 @@ class Redactor:
             self._by_rules(patterns, span.sampling, taken),
             self._by_rules(patterns, span.error, taken),
             self._by_rules(patterns, span.model, taken),
+            self._by_rules(patterns, span.response_id, taken),
         ]
         if texts := self._texts(span.rollout_id, taken):
             repeated = _Literals(texts, taken)
             new = [repeated.value(each) for each in new]
-        new_asked, new_answered, sampling, error, model = new
+        new_asked, new_answered, sampling, error, model, response_id = new
         if for_request and isinstance(asked, dict) and _refers(asked):
             taken.names[UNREAD] = None
             if _is_ids(asked.get("prompt")):
@@ -114,7 +115,19 @@ class Redactor:
             sampling=sampling,
             error=error,
             model=model,
+            response_id=response_id if response_id == span.response_id else None,
         )
+
+    def _kept_id(self, span: Span) -> str | None:
+        """The id of the answer of a span that cannot be looked through, where patterns leave it as it is."""
+        rules = [rule for rule in self._rules if rule.is_for(span.role) and rule.path is None]
+        try:
+            taken = _Taken()
+            made = self._by_rules(rules, span.response_id, taken)
+            made = _Literals(self._remembered.get(span.rollout_id, {}), taken).value(made)
+        except RecursionError:
+            return None
+        return span.response_id if made == span.response_id else None
 
     def _by_rules(self, rules: Sequence[Rule], value: Any, taken: _Taken) -> Any:
         if value is None:
@@ -354,6 +367,7 @@ def _without_texts(span: Span) -> Span:
         request=b"{}",
         response=None if span.response is None else b"{}",
         error=None if span.error is None else "[redacted]",
+        model=None,
         sampling={},
     )
 

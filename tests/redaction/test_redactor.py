@@ -166,3 +166,19 @@ def test_a_request_that_is_no_json_keeps_only_its_numbers(body: bytes) -> None:
 def test_an_answer_that_cannot_be_read_keeps_only_its_numbers(body: bytes) -> None:
     made = redactor({"pattern": "s3cret"}).span(replace(span({}, {}), response=body))
     assert (made.request, made.response, made.redacted) == (b"{}", b"{}", "unread")
+
+
+def test_the_id_of_an_answer_goes_where_rules_find_something_in_it() -> None:
+    one = redactor({"pattern": "s3cret"})
+    made = one.span(span({}, {"id": "r-s3cret"}, response_id="r-s3cret"))
+    assert (made.response_id, made.redacted) == (None, "rule-0")
+    assert one.span(span({"m": "s3cret"}, {"id": "r-1"}, response_id="r-1")).response_id == "r-1"
+    by_path = redactor({"path": "id", "where": "response"})
+    assert by_path.span(span({}, {"id": "Ann Lee"}, response_id="Ann Lee")).response_id is None
+
+
+@pytest.mark.parametrize(("given", "kept"), [("r-1", "r-1"), ("r-s3cret", None)])
+def test_the_names_of_a_span_that_cannot_be_read(given: str, kept: str | None) -> None:
+    asked = replace(span({}, {}), request=b"NaN", response_id=given, model="s3cret")
+    made = redactor({"pattern": "s3cret"}).span(asked)
+    assert (made.redacted, made.response_id, made.model) == ("unread", kept, None)
