@@ -43,7 +43,9 @@ _SHORTEST_NUMBER = 10_000_000  # numbers below are not looked at: token ids, cou
 _TOKEN_FIELDS = frozenset((
     "logprobs", "prompt_logprobs", "token_ids", "prompt_token_ids", "input_messages", "output_messages",
 ))  # fmt: skip
-_NO_TEXT = frozenset(("usage", "created", "created_at", "completed_at", "seed"))  # numbers only
+_NO_TEXT = frozenset(
+    ("usage", "created", "created_at", "completed_at", "seed")
+)  # counts and times: only their texts are looked at
 
 
 class Redactor:
@@ -95,11 +97,12 @@ class Redactor:
             self._by_rules(patterns, span.error, taken),
             self._by_rules(patterns, span.model, taken),
             self._by_rules(patterns, span.response_id, taken),
+            self._by_rules(patterns, None if span.usage is None else {"usage": dict(span.usage)}, taken),
         ]
         if texts := self._texts(span.rollout_id, taken):
             repeated = _Literals(texts, taken)
             new = [repeated.value(each) for each in new]
-        new_asked, new_answered, sampling, error, model, response_id = new
+        new_asked, new_answered, sampling, error, model, response_id, used = new
         if for_request and isinstance(asked, dict) and _refers(asked):
             taken.names[UNREAD] = None
             if _is_ids(asked.get("prompt")):
@@ -109,7 +112,7 @@ class Redactor:
         if not taken.names:
             return span
         return replace(
-            _without_token_data(span, taken.names),
+            _without_token_data(span if used is None else replace(span, usage=used["usage"]), taken.names),
             request=span.request if new_asked is asked else _dumped(new_asked),
             response=None if span.response is None else _dumped(_bare_answer(new_answered)),
             sampling=sampling,
@@ -213,27 +216,31 @@ class _Scan:
         self._clean_before: set[int] = set()
 
     def body(self, value: Any, taken: _Taken) -> Any:
-        """A whole body: numbers at its top (a time, a seed) are no texts."""
+        """A whole body: numbers at its top (a time, a seed), and in its counts, are no texts."""
         if not isinstance(value, dict):
             return self.value(value, taken)
-        made = {
-            key: item if key in _NO_TEXT or isinstance(item, int | float) else self.value(item, taken)
-            for key, item in value.items()
-        }
-        return made if any(made[key] is not value[key] for key in made) else value
+        made = {self._text(key, taken): self._at_top(key, item, taken) for key, item in value.items()}
+        same = all(a is b for a, b in zip(made, value, strict=False)) and len(made) == len(value)
+        return value if same and all(made[key] is value[key] for key in value) else made
 
-    def value(self, value: Any, taken: _Taken) -> Any:
-        """``value`` without what the rules find; the same object where they find nothing."""
+    def _at_top(self, key: str, item: Any, taken: _Taken) -> Any:
+        return item if isinstance(item, int | float) else self.value(item, taken, key not in _NO_TEXT)
+
+    def value(self, value: Any, taken: _Taken, numbers: bool = True) -> Any:
+        """``value`` without what the rules find; the same object where they find nothing.
+
+        ``numbers``: whether they are looked at as well.
+        """
         if isinstance(value, str):
             return self._text(value, taken)
         if isinstance(value, dict):
-            made = {self._text(key, taken): self.value(item, taken) for key, item in value.items()}
+            made = {self._text(key, taken): self.value(item, taken, numbers) for key, item in value.items()}
             same = all(a is b for a, b in zip(made, value, strict=False)) and len(made) == len(value)
             return value if same and all(made[key] is value[key] for key in value) else made
         if isinstance(value, list):
-            items = [self.value(item, taken) for item in value]
+            items = [self.value(item, taken, numbers) for item in value]
             return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
-        if type(value) is int and abs(value) >= _SHORTEST_NUMBER:
+        if numbers and type(value) is int and abs(value) >= _SHORTEST_NUMBER:
             return self._number(value, taken)
         return value
 

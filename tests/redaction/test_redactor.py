@@ -182,3 +182,26 @@ def test_the_names_of_a_span_that_cannot_be_read(given: str, kept: str | None) -
     asked = replace(span({}, {}), request=b"NaN", response_id=given, model="s3cret")
     made = redactor({"pattern": "s3cret"}).span(asked)
     assert (made.redacted, made.response_id, made.model) == ("unread", kept, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ({"s3cret": 1}, {"[redacted]": 1}),
+        ({"seed": "s3cret"}, {"seed": "[redacted]"}),
+        ({"usage": {"by": ["s3cret"], "n": 123456789}}, {"usage": {"by": ["[redacted]"], "n": 123456789}}),
+        ({"created": {"s3cret": 1}}, {"created": {"[redacted]": 1}}),
+    ],
+)
+def test_names_at_the_top_and_texts_among_counts_are_searched(
+    asked: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    one = redactor({"pattern": "s3cret"}, {"pattern": r"\d{9}"})
+    made = one.span(span(asked, asked))
+    assert made.response is not None
+    assert (json.loads(made.request), json.loads(made.response)) == (kept, kept)
+
+
+def test_texts_in_the_usage_are_searched() -> None:
+    made = redactor({"pattern": "s3cret"}).span(span({}, {}, usage={"by": "s3cret", "prompt_tokens": 3}))
+    assert (made.usage, made.redacted) == ({"by": "[redacted]", "prompt_tokens": 3}, "rule-0")
