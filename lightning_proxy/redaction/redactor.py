@@ -43,7 +43,9 @@ _SHORTEST_NUMBER = 10_000_000  # numbers below are not looked at: token ids, cou
 _TOKEN_FIELDS = frozenset((
     "logprobs", "prompt_logprobs", "token_ids", "prompt_token_ids", "input_messages", "output_messages",
 ))  # fmt: skip
-_NO_TEXT = frozenset(("usage", "created", "created_at", "completed_at", "seed"))  # numbers only
+_NO_TEXT = frozenset(
+    ("usage", "created", "created_at", "completed_at", "seed")
+)  # counts and times: only their texts are looked at
 
 
 class Redactor:
@@ -71,7 +73,7 @@ class Redactor:
         except (RecursionError, ValueError, TypeError) as error:
             log.warning("a span of rollout %s could not be redacted, and is kept without its texts: %r",
                         span.rollout_id, error)  # fmt: skip
-            return _without_texts(span)
+            return replace(_without_texts(span), response_id=self._kept_id(span))
 
     def value(self, value: Any) -> Any:
         """Something that is no span (a comment, metadata), by the rules that are patterns for all roles."""
@@ -82,9 +84,11 @@ class Redactor:
         rules = [rule for rule in self._rules if rule.is_for(span.role)]
         for_request = [rule for rule in rules if rule.in_request]
         for_response = [rule for rule in rules if rule.in_response]
+        if not rules and span.rollout_id not in self._remembered:
+            return span
         taken = _Taken()
-        asked = request or _body(span.request)
-        answered = None if span.response is None else _body(span.response)
+        asked = request or _asked(span.request)
+        answered = None if span.response is None else _answered(span.response)
         patterns = [rule for rule in rules if rule.path is None]
         new = [
             self._by_rules(for_request, asked, taken),
@@ -92,11 +96,13 @@ class Redactor:
             self._by_rules(patterns, span.sampling, taken),
             self._by_rules(patterns, span.error, taken),
             self._by_rules(patterns, span.model, taken),
+            self._by_rules(patterns, span.response_id, taken),
+            self._by_rules(patterns, None if span.usage is None else {"usage": dict(span.usage)}, taken),
         ]
         if texts := self._texts(span.rollout_id, taken):
             repeated = _Literals(texts, taken)
             new = [repeated.value(each) for each in new]
-        new_asked, new_answered, sampling, error, model = new
+        new_asked, new_answered, sampling, error, model, response_id, used = new
         if for_request and isinstance(asked, dict) and _refers(asked):
             taken.names[UNREAD] = None
             if _is_ids(asked.get("prompt")):
@@ -106,13 +112,25 @@ class Redactor:
         if not taken.names:
             return span
         return replace(
-            _without_token_data(span, taken.names),
+            _without_token_data(span if used is None else replace(span, usage=used["usage"]), taken.names),
             request=span.request if new_asked is asked else _dumped(new_asked),
             response=None if span.response is None else _dumped(_bare_answer(new_answered)),
             sampling=sampling,
             error=error,
             model=model,
+            response_id=response_id if response_id == span.response_id else None,
         )
+
+    def _kept_id(self, span: Span) -> str | None:
+        """The id of the answer of a span that cannot be looked through, where patterns leave it as it is."""
+        rules = [rule for rule in self._rules if rule.is_for(span.role) and rule.path is None]
+        try:
+            taken = _Taken()
+            made = self._by_rules(rules, span.response_id, taken)
+            made = _Literals(self._remembered.get(span.rollout_id, {}), taken).value(made)
+        except RecursionError:
+            return None
+        return span.response_id if made == span.response_id else None
 
     def _by_rules(self, rules: Sequence[Rule], value: Any, taken: _Taken) -> Any:
         if value is None:
@@ -198,27 +216,31 @@ class _Scan:
         self._clean_before: set[int] = set()
 
     def body(self, value: Any, taken: _Taken) -> Any:
-        """A whole body: numbers at its top (a time, a seed) are no texts."""
+        """A whole body: numbers at its top (a time, a seed), and in its counts, are no texts."""
         if not isinstance(value, dict):
             return self.value(value, taken)
-        made = {
-            key: item if key in _NO_TEXT or isinstance(item, int | float) else self.value(item, taken)
-            for key, item in value.items()
-        }
-        return made if any(made[key] is not value[key] for key in made) else value
+        made = {self._text(key, taken): self._at_top(key, item, taken) for key, item in value.items()}
+        same = all(a is b for a, b in zip(made, value, strict=False)) and len(made) == len(value)
+        return value if same and all(made[key] is value[key] for key in value) else made
 
-    def value(self, value: Any, taken: _Taken) -> Any:
-        """``value`` without what the rules find; the same object where they find nothing."""
+    def _at_top(self, key: str, item: Any, taken: _Taken) -> Any:
+        return item if isinstance(item, int | float) else self.value(item, taken, key not in _NO_TEXT)
+
+    def value(self, value: Any, taken: _Taken, numbers: bool = True) -> Any:
+        """``value`` without what the rules find; the same object where they find nothing.
+
+        ``numbers``: whether they are looked at as well.
+        """
         if isinstance(value, str):
             return self._text(value, taken)
         if isinstance(value, dict):
-            made = {self._text(key, taken): self.value(item, taken) for key, item in value.items()}
+            made = {self._text(key, taken): self.value(item, taken, numbers) for key, item in value.items()}
             same = all(a is b for a, b in zip(made, value, strict=False)) and len(made) == len(value)
             return value if same and all(made[key] is value[key] for key in value) else made
         if isinstance(value, list):
-            items = [self.value(item, taken) for item in value]
+            items = [self.value(item, taken, numbers) for item in value]
             return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
-        if type(value) is int and abs(value) >= _SHORTEST_NUMBER:
+        if numbers and type(value) is int and abs(value) >= _SHORTEST_NUMBER:
             return self._number(value, taken)
         return value
 
@@ -298,12 +320,22 @@ class _Literals:
 # -- bodies and tokens -----------------------------------------------------------------------------
 
 
-def _body(body: bytes) -> Any:
-    """A body as JSON, or as a text where it is none."""
+def _asked(body: bytes) -> Any:
+    """A request as JSON. Raises ``ValueError`` where it is none: nobody could see what its escapes say."""
+    return orjson.loads(body) if body else ""
+
+
+def _answered(body: bytes) -> Any:
+    """An answer as JSON, or as a text (an error page). Raises ``ValueError`` where it is neither.
+
+    What is spelt as JSON but is none (lone surrogates, NaN) has escapes as well, and is no text.
+    """
     try:
-        return orjson.loads(body)
+        return orjson.loads(body) if body else ""
     except orjson.JSONDecodeError:
-        return body.decode("utf-8", "replace")
+        if body.lstrip()[:1] in (b"{", b"[", b'"'):
+            raise
+        return body.decode()
 
 
 def _dumped(value: Any) -> bytes:
@@ -342,6 +374,7 @@ def _without_texts(span: Span) -> Span:
         request=b"{}",
         response=None if span.response is None else b"{}",
         error=None if span.error is None else "[redacted]",
+        model=None,
         sampling={},
     )
 

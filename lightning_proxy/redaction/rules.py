@@ -32,15 +32,17 @@ def _as_long_as_a_number(text: str) -> bool:
 
 # Each begins where a word does, so that the ids which engines and SDKs make up do not look like any of
 # them. That is asked after the first letter, not before it: `re` skips quickly to a letter that can be the
-# first, and asks at every place what has to be asked before.
+# first, and asks at every place what has to be asked before. The last two stop where the next could begin,
+# so that many beginnings without an end are each read once.
 _KEYS = (
     r"s(?<![A-Za-z0-9]s)k-[A-Za-z0-9_-]{16,}",
     r"g(?<![A-Za-z0-9]g)(?:h[pousr]_[A-Za-z0-9]{20,}|ithub_pat_\w{20,}|lpat-[\w-]{20,})",
     r"A(?<![A-Za-z0-9]A)(?:(?:KI|SI)A[A-Z0-9]{16}|Iza[\w-]{30,})",
     r"x(?<![A-Za-z0-9]x)ox[abposr]-[A-Za-z0-9-]{10,}",
     r"h(?<![A-Za-z0-9]h)f_[A-Za-z0-9]{20,}",
-    r"e(?<![A-Za-z0-9]e)yJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",
-    r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[\s\S]*?-----END [A-Z ]{0,20}PRIVATE KEY-----",
+    r"e(?<![A-Za-z0-9]e)yJ(?=[\w-]{8})(?:[A-Za-z0-9]++|[_-](?!eyJ))++\.eyJ[\w-]{8,}+\.[\w-]{8,}",
+    r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----"
+    r"(?:[^-]++|-(?!----(?:BEGIN|END) [A-Z ]{0,20}PRIVATE KEY-----))*+-----END [A-Z ]{0,20}PRIVATE KEY-----",
 )
 _PHONE = (
     r"[+(\d](?<![\w+][+(\d])(?:(?<=\+)\d{1,3}(?:[ ./-]?\(?\d{1,4}\)?){2,6}"

@@ -251,6 +251,28 @@ def test_comments_and_metadata_lose_it_as_well(make_proxy: MakeProxy, engine: En
     check_nothing_is_kept(proxy, engine)
 
 
+def test_reasons_that_workers_give_lose_it_as_well(make_proxy: MakeProxy, engine: EngineThread) -> None:
+    proxy = make_proxy(engine.base_url, redaction=[EMAIL])
+
+    def claimed(task_id: str) -> str:
+        send(proxy.url, "/api/tasks", {"task_id": task_id, "input": "x"})
+        [given] = send(proxy.url, "/api/tasks/claim", {"worker": "w"}).json["assignments"]
+        return str(given["rollout_id"])
+
+    failed, back, cancelled = claimed("a"), claimed("b"), claimed("c")
+    ended = [
+        (f"/api/rollouts/{failed}/attempts/1/finish", {"state": "failed", "reason": f"of {SECRET}"}),
+        (f"/api/rollouts/{back}/attempts/1/release", {"reason": SECRET}),
+        ("/api/tasks/c/cancel", {"reason": f"by {SECRET}"}),
+    ]
+    for path, body in ended:
+        assert send(proxy.url, path, body).status == 200
+    with proxy.store() as store:
+        assert store.get_rollout(failed).reason == "of [redacted]"
+        assert store.get_rollout(cancelled).reason == "by [redacted]"
+    check_nothing_is_kept(proxy, engine)
+
+
 def test_the_conversation_is_followed_by_what_was_really_said(
     make_proxy: MakeProxy, engine: EngineThread
 ) -> None:

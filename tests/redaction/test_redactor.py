@@ -136,8 +136,72 @@ def test_what_cannot_be_looked_through_keeps_only_its_numbers() -> None:
     assert made.generations[0].prompt_token_ids == array("i")
 
 
-def test_what_is_no_json_is_a_text() -> None:
+def test_an_answer_that_is_no_json_is_a_text() -> None:
     made = redactor({"pattern": "s3cret"}).span(
-        replace(span({}, None, error="oh s3cret"), request=b"a s3cret\xff")
+        replace(span({}, {}, error="oh s3cret"), response=b"a s3cret")
     )
-    assert (made.request, made.error) == ("a [redacted]�".encode(), "oh [redacted]")
+    assert (made.response, made.error) == (b"a [redacted]", "oh [redacted]")
+    empty = replace(span({}, {}), request=b"", response=b"")
+    assert redactor({"pattern": "s3cret"}).span(empty) is empty
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"m": "s\u0033cret", "x": "\ud83d"}',
+        rb'{"metadata": {"name": "Ann"}, "temperature": NaN}',
+        b"(\xb5/\xfd\x04\x00s3cret",
+        b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\ns3cret\r\n--b--',
+    ],
+)
+def test_a_request_that_is_no_json_keeps_only_its_numbers(body: bytes) -> None:
+    rules = redactor({"pattern": "s3cret", "roles": ["a"]}, {"path": "metadata.name", "roles": ["a"]})
+    made = rules.span(replace(span({}, {}, role="a"), request=body))
+    assert (made.request, made.response, made.redacted) == (b"{}", b"{}", "unread")
+    other = replace(span({}, {}, role="b"), request=body)
+    assert rules.span(other) is other
+
+
+@pytest.mark.parametrize("body", [rb'{"m": "s\u0033cret", "x": "\ud83d"}', b"(\xb5/\xfds3cret"])
+def test_an_answer_that_cannot_be_read_keeps_only_its_numbers(body: bytes) -> None:
+    made = redactor({"pattern": "s3cret"}).span(replace(span({}, {}), response=body))
+    assert (made.request, made.response, made.redacted) == (b"{}", b"{}", "unread")
+
+
+def test_the_id_of_an_answer_goes_where_rules_find_something_in_it() -> None:
+    one = redactor({"pattern": "s3cret"})
+    made = one.span(span({}, {"id": "r-s3cret"}, response_id="r-s3cret"))
+    assert (made.response_id, made.redacted) == (None, "rule-0")
+    assert one.span(span({"m": "s3cret"}, {"id": "r-1"}, response_id="r-1")).response_id == "r-1"
+    by_path = redactor({"path": "id", "where": "response"})
+    assert by_path.span(span({}, {"id": "Ann Lee"}, response_id="Ann Lee")).response_id is None
+
+
+@pytest.mark.parametrize(("given", "kept"), [("r-1", "r-1"), ("r-s3cret", None)])
+def test_the_names_of_a_span_that_cannot_be_read(given: str, kept: str | None) -> None:
+    asked = replace(span({}, {}), request=b"NaN", response_id=given, model="s3cret")
+    made = redactor({"pattern": "s3cret"}).span(asked)
+    assert (made.redacted, made.response_id, made.model) == ("unread", kept, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ({"s3cret": 1}, {"[redacted]": 1}),
+        ({"seed": "s3cret"}, {"seed": "[redacted]"}),
+        ({"usage": {"by": ["s3cret"], "n": 123456789}}, {"usage": {"by": ["[redacted]"], "n": 123456789}}),
+        ({"created": {"s3cret": 1}}, {"created": {"[redacted]": 1}}),
+    ],
+)
+def test_names_at_the_top_and_texts_among_counts_are_searched(
+    asked: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    one = redactor({"pattern": "s3cret"}, {"pattern": r"\d{9}"})
+    made = one.span(span(asked, asked))
+    assert made.response is not None
+    assert (json.loads(made.request), json.loads(made.response)) == (kept, kept)
+
+
+def test_texts_in_the_usage_are_searched() -> None:
+    made = redactor({"pattern": "s3cret"}).span(span({}, {}, usage={"by": "s3cret", "prompt_tokens": 3}))
+    assert (made.usage, made.redacted) == ({"by": "[redacted]", "prompt_tokens": 3}, "rule-0")

@@ -64,6 +64,36 @@ def test_no_text_takes_a_built_in_pattern_long(name: str, filler: str) -> None:
     assert time.process_time() - began < 2.0  # 400 KB: some 0.02 s as a rule, minutes where it backtracks
 
 
+@pytest.mark.parametrize(
+    "beginning", ["-----BEGIN PRIVATE KEY-----\n", "eyJabcdefgh-", "eyJabcdefgh_", "eyJabcdefgh.eyJabcdefgh-"]
+)
+def test_beginnings_without_an_end_take_time_in_proportion(beginning: str) -> None:
+    def seconds(length: int) -> float:
+        text = beginning * (length // len(beginning))
+        began = time.process_time()
+        rule("api_key").replaced(text, [])
+        return time.process_time() - began
+
+    assert seconds(400_000) < 8 * max(seconds(100_000), 0.05)  # 0.01 s; 25 s where each is read to the end
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "eyJ" + "aB_-9" * 2_000 + ".eyJ" + "aB_-9-eyJ" * 2_000 + "." + "aB_-9" * 200,
+        "-----BEGIN OPENSSH PRIVATE KEY-----\n" + "ab+/=-\n" * 2_000 + "-----END OPENSSH PRIVATE KEY-----",
+        "-----BEGIN PRIVATE KEY-----\n-----BEGIN X-----\n-----END X-----\n-----END PRIVATE KEY-----",
+    ],
+    ids=["token", "key", "key with a block inside"],
+)
+def test_a_long_key_is_found_whole(key: str) -> None:
+    found: list[str] = []
+    assert rule("api_key").replaced(f"-----BEGIN PRIVATE KEY----- <{key}> eyJ", found) == (
+        "-----BEGIN PRIVATE KEY----- <[redacted]> eyJ"
+    )
+    assert found == [key]
+
+
 def test_a_replacement_is_taken_to_the_letter() -> None:
     settings = RedactionSettings(name="x", pattern="(a)(b)", replacement=r"\1\g<2>")
     assert Rule.of(settings).replaced("ab", []) == r"\1\g<2>"

@@ -115,7 +115,7 @@ class TaskRoutes:
     async def cancel(self, request: web.Request) -> web.Response:
         """``{"reason"?}``: hand out nothing more, and cancel what has not ended."""
         posted = fields_of(await read_json(request, empty={}), frozenset(("reason",)), "the cancellation")
-        task_id, reason = request.match_info["task_id"], _text(posted, "reason")
+        task_id, reason = request.match_info["task_id"], self._reason(posted)
         return answer(_summary(await self._access.write(lambda store: store.cancel_task(task_id, reason))))
 
     async def progress(self, request: web.Request) -> web.Response:
@@ -170,7 +170,7 @@ class TaskRoutes:
         state = choice_of(RolloutState, posted["state"], "state of a rollout")
         error_class = optional_choice(ErrorClass, posted.get("error_class"), "error_class")
         rollout_id, attempt = _attempt(request)
-        reason = _text(posted, "reason")
+        reason = self._reason(posted)
         if reason is None and state is RolloutState.FAILED and posted.get("exit_code") is not None:
             reason = f"exit code {posted['exit_code']}"
         rollout = await self._access.write(
@@ -183,7 +183,7 @@ class TaskRoutes:
         """``{"reason"?}``: give an attempt back; it does not count."""
         posted = fields_of(await read_json(request, empty={}), frozenset(("reason",)), "the release")
         rollout_id, attempt = _attempt(request)
-        reason = _text(posted, "reason")
+        reason = self._reason(posted)
         await self._access.write(lambda store: store.release_attempt(rollout_id, attempt, reason))
         await self._tell()
         return answer({"released": True})
@@ -197,6 +197,11 @@ class TaskRoutes:
         lost = await self._access.write(lambda store: store.abandon_worker(worker))
         await self._tell()
         return answer({"abandoned": lost})
+
+    def _reason(self, posted: dict[str, Any]) -> str | None:
+        """The reason as it may be written: without what rules find."""
+        reason = _text(posted, "reason")
+        return _text(self._access.kept({"reason": reason}, "reason"), "reason")
 
     def _assignment(self, given: Assignment) -> dict[str, Any]:
         self._attributor.remember(given.api_key, KeyOwner(given.rollout_id, given.attempt))
