@@ -18,7 +18,7 @@ import numpy as np
 
 from lightning_proxy.config import Settings
 from lightning_proxy.config.train import TrainSettings
-from lightning_proxy.demo.loop import WEIGHTS
+from lightning_proxy.demo.text_to_sql import WEIGHTS
 from lightning_proxy.errors import MissingExtra
 from lightning_proxy.store import Fidelity, Generation, Span, Store
 from lightning_proxy.trainer.run import Trainer

@@ -91,12 +91,14 @@ def demo(
     new weights behind the running proxy, again and again, for two to four minutes. Exit code 1 if
     held-out success does not get over 0.8.
     """
-    from lightning_proxy.demo.loop import ITERATIONS, run_demo
+    from lightning_proxy.demo.loop import run
+    from lightning_proxy.demo.text_to_sql import TEXT_TO_SQL
 
-    result = run_demo(
+    result = run(
+        TEXT_TO_SQL,
         workdir=workdir,
         seed=seed,
-        iterations=iterations or ITERATIONS,
+        iterations=iterations,
         say=lambda line: typer.echo(line, err=json_),
     )
     if json_:

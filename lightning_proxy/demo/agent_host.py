@@ -2,9 +2,10 @@
 
     python agent_host.py SCRIPT --concurrency 32 --timeout 60
 
-Importing the ``openai`` package costs a second of CPU, more than a whole rollout. So this process
-imports it once, and forks for each job; the child then runs SCRIPT as ``__main__`` with its own
-arguments and environment, as ``python SCRIPT ...`` would. The script knows nothing of this.
+Importing an agent's framework costs seconds of CPU, more than a whole rollout. So this process imports once,
+and forks for each job; the child then runs SCRIPT as ``__main__`` with its own arguments and environment, as
+``python SCRIPT ...`` would. The script knows nothing of this. What there is to import the first job tells: it
+runs alone, and its modules are imported here before the others begin.
 
 Jobs come in on stdin, one JSON object a line: ``{"id", "argv", "env"}``. Answers go out on stdout
 as runs end: ``{"id", "status", "output"}``, status being the exit status, negative for a signal,
@@ -17,21 +18,24 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import runpy
 import selectors
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections import deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
-_STDIN, _STDOUT = 0, 1
+_STDIN, _STDOUT, _TOLD = 0, 1, 3
 _CANNED = (
     'data: {"id":"c","object":"chat.completion.chunk","created":0,"model":"m","choices":[{"index":0,"delta":'
     '{"role":"assistant","content":"","tool_calls":[{"index":0,"id":"t","type":"function","function":'
@@ -62,12 +66,15 @@ class Host:
         self._selector = selectors.DefaultSelector()
         self._partial = b""
         self._more = True
+        # What the first job's modules are; None once they are imported here.
+        self._told: IO[bytes] | None = tempfile.TemporaryFile()  # noqa: SIM115  closed when it was read
 
     def serve(self) -> None:
         """Work until stdin has ended and all jobs are done."""
         self._selector.register(_STDIN, selectors.EVENT_READ)
         while self._more or self._waiting or self._running:
-            while self._waiting and len(self._running) < self._concurrency:
+            most = self._concurrency if self._told is None else 1
+            while self._waiting and len(self._running) < most:
                 self._start(self._waiting.popleft())
             for key, _ in self._selector.select(self._patience()):
                 if key.fd == _STDIN:
@@ -105,9 +112,12 @@ class Host:
         status = 1
         try:
             os.dup2(os.open(os.devnull, os.O_RDONLY), _STDIN)
-            os.closerange(3, max([*self._running, 64]) + 8)
+            if self._told is not None:
+                os.dup2(self._told.fileno(), _TOLD)
+            os.closerange(_TOLD + (self._told is not None), max([*self._running, 64]) + 8)
             os.environ.update(job["env"])
             sys.argv = [self._script, *job["argv"]]
+            sys.path.insert(0, str(Path(self._script).resolve().parent))
             runpy.run_path(self._script, run_name="__main__")
             status = 0
         except SystemExit as leaving:
@@ -117,6 +127,8 @@ class Host:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+            if self._told is not None:
+                os.write(_TOLD, json.dumps(list(sys.modules)).encode())  # in the order of their import
             os._exit(status)
 
     def _read_output(self, fd: int) -> None:
@@ -129,6 +141,11 @@ class Host:
         os.close(fd)
         del self._running[fd]
         _, ended = os.waitpid(run.pid, 0)
+        if self._told is not None:
+            self._told.seek(0)
+            import_all(self._told.read())
+            self._told.close()
+            self._told = None
         status = "timeout" if run.timed_out else os.waitstatus_to_exitcode(ended)
         answer = {"id": run.job, "status": status, "output": run.output.decode(errors="replace")}
         sys.stdout.write(json.dumps(answer) + "\n")
@@ -155,6 +172,18 @@ class _Canned(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
+
+
+def import_all(told: bytes) -> None:
+    """Import the modules that a run names, in its order; what only that run could import is left out."""
+    for name in json.loads(told or b"[]"):
+        if name not in sys.modules:
+            try:
+                importlib.import_module(name)
+            except Exception:  # noqa: BLE001  a module of the script's own folder, or one made at run time
+                continue
+    gc.collect()
+    gc.freeze()  # children share these pages
 
 
 def warm_up() -> None:

@@ -1,9 +1,10 @@
-"""The grader: its own process, after the fact. Runs the gold queries and posts rewards.
+"""The grader: its own process, after the fact. Knows the answers, or runs gold queries, and posts rewards.
 
     python -m lightning_proxy.demo.grade --url http://127.0.0.1:8080 --tasks TASKS --results RESULTS
 
 It sees no model call and no agent: only the tasks, the answers and the proxy's ``/reward``. A right
-answer is worth 1, anything else 0. Grading the same results twice posts nothing twice.
+answer is worth 1, anything else 0. Grading the same results twice posts nothing twice. With ``--shuffle`` the
+rewards are dealt out among the results at random: a control, from which nothing can be learned.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import argparse
 import http.client
 import json
 import os
+import random
 import sqlite3
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -39,24 +41,29 @@ def gold_answer(db: Path, query: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def expected_answer(task: Mapping[str, Any]) -> str:
+    """The right one: told by the task, or what its gold query gives."""
+    return str(task["answer"]) if "answer" in task else gold_answer(Path(task["db"]), task["gold_query"])
+
+
 def rewards_for(
-    tasks: Iterable[Mapping[str, Any]], results: Iterable[Mapping[str, Any]]
+    tasks: Iterable[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], shuffle: str | None = None
 ) -> list[dict[str, Any]]:
-    """One reward for each result; the bodies that ``/reward`` takes."""
-    gold = {task["task_id"]: gold_answer(Path(task["db"]), task["gold_query"]) for task in tasks}
-    rewards = []
-    for result in results:
-        expected = gold[result["task_id"]]
-        rewards.append(
-            {
-                "rollout_id": result["rollout_id"],
-                "value": float(is_right(result["answer"], expected)),
-                "source": "sqlite-grader",
-                "comment": f"expected {expected}, got {result['answer']}",
-                "idempotency_key": f"sqlite-grader/{result['rollout_id']}",
-            }
-        )
-    return rewards
+    """One reward for each result; the bodies that ``/reward`` takes. ``shuffle`` is the seed of a control."""
+    gold = {task["task_id"]: expected_answer(task) for task in tasks}
+    values = [float(is_right(result["answer"], gold[result["task_id"]])) for result in results]
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(values)
+    return [
+        {
+            "rollout_id": result["rollout_id"],
+            "value": value,
+            "source": "grader" if shuffle is None else "shuffled",
+            "comment": f"expected {gold[result['task_id']]}, got {result['answer']}",
+            "idempotency_key": f"grader/{result['rollout_id']}",
+        }
+        for result, value in zip(results, values, strict=True)
+    ]
 
 
 def post(url: str, rewards: list[dict[str, Any]], token: str | None = None) -> None:
@@ -84,8 +91,9 @@ def main() -> None:
     parser.add_argument("--url", required=True, help="the proxy, e.g. http://127.0.0.1:8080")
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--shuffle", metavar="SEED", help="deal the rewards out at random: a control")
     args = parser.parse_args()
-    rewards = rewards_for(read_lines(args.tasks), read_lines(args.results))
+    rewards = rewards_for(read_lines(args.tasks), read_lines(args.results), args.shuffle)
     post(args.url.rstrip("/"), rewards, os.environ.get("LIGHTNING_PROXY__TOKEN"))
     mean = sum(reward["value"] for reward in rewards) / len(rewards) if rewards else None
     print(json.dumps({"graded": len(rewards), "mean": mean}))

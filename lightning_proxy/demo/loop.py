@@ -1,53 +1,76 @@
 """The whole loop on one machine: serve, sample, reward, train, swap, again; and the curve of it.
 
-``run_demo`` is the summary; every step of it is a process of its own that could as well be yours:
+``run`` is the summary; every step of it is a process of its own that could as well be yours:
 
 - ``lightning-proxy serve --model`` with vLLM under it, and ``lightning-proxy train --watch``;
-- the agent (``agent.py``), one process per rollout, told nothing but its base URL and key;
+- the agent, one process per rollout, told nothing but its base URL and key;
 - the grader (``grade.py``), which posts rewards after the fact.
+
+An ``Experiment`` says which agent, which model and which tasks; ``text_to_sql.py`` has the demo's.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_proxy.demo.curve import DemoResult, Iteration, describe, save_curve
 from lightning_proxy.demo.grade import is_right
 from lightning_proxy.demo.processes import Children, DemoFailed, ended_by_signals, run_to_end
 from lightning_proxy.demo.sample import (
     AgentHost,
     ProxyApi,
     Result,
+    Task,
     sample,
     write_results,
     write_tasks,
 )
-from lightning_proxy.demo.tasks import Task, make_tasks
+from lightning_proxy.demo.tasks import Split
 from lightning_proxy.errors import EngineRefused, EngineUnreachable
 
-WEIGHTS = Path(__file__).parent / "weights"
-POLICY = "tiny-sql"
-TASKS = 16
-RUNS_PER_TASK = 8
-HELD_OUT_TASKS = 64
-ITERATIONS = 24
 START_TIMEOUT_S = 600.0
 TRAIN_TIMEOUT_S = 300.0
-GOAL = 0.8  # what held-out success must exceed
-STOP_AT = 0.9  # held-out success at which we are content,
-STOP_AT_SAMPLED = 0.8  # once sampling, which explores, succeeds this often too
-STOP_AFTER_S = 270.0  # or has had this long for it
 _EVALUATE_EVERY = 2  # iterations
 _MARKER = "this-is-a-lightning-demo"
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """An agent, the model that it calls, and tasks for it.
+
+    ``make_tasks(seed, split, count, start=0)`` gives tasks ``start`` to ``start + count`` of a split.
+    ``tables`` is TOML that follows the configuration's ``[train]``; it may begin with further lines of that.
+    """
+
+    title: str
+    policy: str  # the model's name, which the agent asks for
+    model: Path
+    agent: Path  # a Python script
+    make_tasks: Callable[..., Sequence[Task]]
+    python: str = sys.executable  # of the environment that has the agent's packages
+    tables: str = ""
+    tasks_per_turn: int = 16
+    runs_per_task: int = 8
+    held_out_tasks: int = 64
+    iterations: int = 24
+    stop_at: float = 0.9  # held-out success at which we are content,
+    stop_at_sampled: float = 0.8  # once sampling, which explores, succeeds this often too
+    stop_after_s: float = 270.0  # or has had this long for it
+
+    def is_content(self, result: DemoResult) -> bool:
+        """Whether further iterations would show nothing new."""
+        far = result.iterations[-1].reward >= self.stop_at_sampled or result.seconds >= self.stop_after_s
+        return result.final >= self.stop_at and far
+
 
 _CONFIG = """\
 # Written by `lightning-proxy demo`.
@@ -88,90 +111,39 @@ threads = 1
 device = "cpu"
 seed = {seed}
 watch_interval_s = 0.2
-"""
+{tables}"""
 
 Say = Callable[[str], None]
 
 
-@dataclass(slots=True)
-class Iteration:
-    """One turn of the loop: mean reward, seconds of each phase, held-out success where it was measured."""
-
-    reward: float
-    sample_s: float
-    reward_s: float = 0.0
-    train_s: float = 0.0
-    swap_s: float = 0.0
-    eval_s: float = 0.0
-    heldout: float | None = None
-    version: int | None = None  # None: every group agreed, nothing to learn
-
-
-@dataclass(slots=True)
-class DemoResult:
-    """How the demo went. ``initial`` and ``final`` are held-out success rates."""
-
-    seed: int
-    initial: float = 0.0
-    final: float = 0.0
-    iterations: list[Iteration] = field(default_factory=list)
-    start_s: float = 0.0  # until vLLM answered
-    seconds: float = 0.0
-
-    @property
-    def reached(self) -> bool:
-        """Whether held-out success went over the goal."""
-        return self.final > GOAL
-
-    @property
-    def content(self) -> bool:
-        """Whether further iterations would show nothing new."""
-        far = self.iterations[-1].reward >= STOP_AT_SAMPLED or self.seconds >= STOP_AFTER_S
-        return self.final >= STOP_AT and far
-
-    def summary(self) -> dict[str, Any]:
-        """What ``lightning-proxy demo --json`` prints."""
-        return {
-            "seed": self.seed,
-            "initial": self.initial,
-            "final": self.final,
-            "iterations": [
-                {
-                    "reward": turn.reward,
-                    "sample_s": round(turn.sample_s, 2),
-                    "train_s": round(turn.train_s, 2),
-                    "swap_s": round(turn.swap_s, 3),
-                }
-                for turn in self.iterations
-            ],
-            "seconds": round(self.seconds, 1),
-        }
-
-
-def run_demo(
+def run(
+    experiment: Experiment,
     *,
     workdir: Path,
     seed: int = 0,
-    iterations: int = ITERATIONS,
+    iterations: int | None = None,
+    shuffle: bool = False,
     say: Say = print,
 ) -> DemoResult:
-    """Run the loop in ``workdir`` until it has learned (``DemoResult.content``), or ``iterations`` times.
+    """Run the loop in ``workdir`` until it has learned (``Experiment.is_content``), or ``iterations`` times.
 
-    Leaves ``curve.json`` and ``curve.png`` there, beside the database, the logs and all weights.
-    Raises DemoFailed, with the end of the log that tells why, if a part of it fails.
+    With ``shuffle`` rewards are dealt out among an iteration's rollouts at random: the control, which must
+    not learn, and always runs all iterations. Leaves ``curve.json`` and ``curve.png`` there, beside the
+    database, the logs and all weights. Raises DemoFailed, with the end of the log that tells why, if a part
+    of it fails.
     """
     began = time.monotonic()
-    workdir = prepare(workdir)
-    with ended_by_signals(), running(workdir, seed, say) as turn:
-        result = DemoResult(seed, start_s=time.monotonic() - began)
+    workdir = prepare(workdir, experiment.model)
+    with ended_by_signals(), running(experiment, workdir, seed, shuffle, say) as turn:
+        result = DemoResult(seed, title=experiment.title, shuffled=shuffle, start_s=time.monotonic() - began)
         say(f"vLLM is up after {result.start_s:.0f} s")
         result.initial = result.final = turn.evaluate()[0]
         say(f"held-out success before training: {result.initial:.3f}")
-        for number in range(iterations):
+        for number in range(iterations or experiment.iterations):
             turn.take(number, result)
             result.seconds = time.monotonic() - began
             say(describe(number, result))
-            if result.content:
+            if experiment.is_content(result) and not shuffle:
                 break
         turn.measure_last(result)
     result.seconds = time.monotonic() - began
@@ -180,32 +152,46 @@ def run_demo(
 
 
 @contextmanager
-def running(workdir: Path, seed: int, say: Say) -> Iterator[Turn]:
+def running(experiment: Experiment, workdir: Path, seed: int, shuffle: bool, say: Say) -> Iterator[Turn]:
     """Proxy, vLLM, trainer and the agents' host, all of them ended afterwards."""
     port = free_port()
-    write_config(workdir, port=port, seed=seed)
+    write_config(experiment, workdir, port=port, seed=seed)
     with (
         Children() as children,
         ProxyApi(f"http://127.0.0.1:{port}") as proxy,
         (workdir / "agents.log").open("wb") as log,
-        AgentHost(log=log, no_certificates=workdir / "no-certificates") as host,
+        AgentHost(
+            log=log,
+            no_certificates=workdir / "no-certificates",
+            script=experiment.agent,
+            python=experiment.python,
+        ) as host,
     ):
         say(f"starting vLLM behind the proxy at {proxy.url} (about a minute); logs are in {workdir}")
         model = str(workdir / "model")
         children.start("serve", [*_command("serve", workdir), "--model", model], workdir / "serve.log")
         wait_until_ready(proxy, children, workdir / "serve.log")
         children.start("train", [*_command("train", workdir), "--watch", "--json"], workdir / "train.log")
-        yield Turn(workdir, proxy, host, children, seed)
+        yield Turn(experiment, workdir, proxy, host, children, seed, shuffle)
 
 
 class Turn:
     """The steps of an iteration."""
 
     def __init__(
-        self, workdir: Path, proxy: ProxyApi, host: AgentHost, children: Children, seed: int
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        proxy: ProxyApi,
+        host: AgentHost,
+        children: Children,
+        seed: int,
+        shuffle: bool = False,
     ) -> None:
+        self._experiment = experiment
+        self._shuffle = shuffle
         self._workdir = workdir
-        self._databases = workdir / "databases"
+        self._files = workdir / "tasks"
         self._proxy = proxy
         self._host = host
         self._children = children
@@ -214,9 +200,10 @@ class Turn:
 
     def take(self, number: int, result: DemoResult) -> None:
         """Sample, reward, train and swap; measure held-out success now and then."""
-        tasks = make_tasks(self._seed, "train", TASKS, start=number * TASKS)
+        count, runs = self._experiment.tasks_per_turn, self._experiment.runs_per_task
+        tasks = self._experiment.make_tasks(self._seed, "train", count, start=number * count)
         clock = time.monotonic()
-        results = self._sample(tasks, RUNS_PER_TASK, temperature=1.0, split="train", what="sampling")
+        results = self._sample(tasks, runs, temperature=1.0, split="train", what="sampling")
         sampled = time.monotonic()
         mean = self._grade(number, tasks, results)
         rewarded = time.monotonic()
@@ -240,7 +227,7 @@ class Turn:
         These rollouts get no reward: they are never trained on.
         """
         began = time.monotonic()
-        tasks = make_tasks(self._seed, "heldout", HELD_OUT_TASKS)
+        tasks = self._experiment.make_tasks(self._seed, "heldout", self._experiment.held_out_tasks)
         results = self._sample(tasks, 1, temperature=0.0, split="heldout", what="held-out tasks")
         gold = {task.task_id: task.answer for task in tasks}
         right = sum(is_right(result.answer, gold[result.task_id]) for result in results)
@@ -252,7 +239,7 @@ class Turn:
         result.final = last.heldout
 
     def _sample(
-        self, tasks: Sequence[Task], runs: int, *, temperature: float, split: str, what: str
+        self, tasks: Sequence[Task], runs: int, *, temperature: float, split: Split, what: str
     ) -> list[Result]:
         self._children.check()
         with progress_bar(what) as progress:
@@ -260,7 +247,7 @@ class Turn:
                 tasks,
                 proxy=self._proxy,
                 host=self._host,
-                databases=self._databases,
+                files=self._files,
                 runs_per_task=runs,
                 temperature=temperature,
                 metadata={"split": split},
@@ -279,12 +266,13 @@ class Turn:
         """Rewards, posted by a process of its own; their mean."""
         tasks_file = self._workdir / f"tasks-{number:02d}.jsonl"
         results_file = self._workdir / f"results-{number:02d}.jsonl"
-        write_tasks(tasks_file, tasks, self._databases)
+        write_tasks(tasks_file, tasks, self._files)
         write_results(results_file, results)
         command = [sys.executable, "-m", "lightning_proxy.demo.grade", "--url", self._proxy.url]
         command += ["--tasks", str(tasks_file), "--results", str(results_file)]
+        command += ["--shuffle", f"{self._seed}/{number}"] if self._shuffle else []
         mean = float(json.loads(run_to_end(command, self._workdir / "grade.log"))["mean"])
-        if mean == 0:
+        if mean == 0 and not self._shuffle:
             raise DemoFailed(f"not one of {len(results)} answers was right: there is nothing to learn from")
         return mean
 
@@ -350,15 +338,15 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 # -- before and after ------------------------------------------------------------------------
 
 
-def prepare(workdir: Path) -> Path:
+def prepare(workdir: Path, model: Path) -> Path:
     """An empty directory with a copy of the model in it; what an earlier demo left there is removed.
 
     DemoFailed if something else is in it, or the model is missing.
     """
     workdir = workdir.resolve()
-    if not (WEIGHTS / "model.safetensors").is_file():
+    if not (model / "model.safetensors").is_file():
         raise DemoFailed(
-            f"the model is missing; make it with: python -m lightning_proxy.demo.model {WEIGHTS}"
+            f"there is no model in {model}: it comes with the repository, and can be built again"
         )
     if workdir.exists() and any(workdir.iterdir()):
         if not (workdir / _MARKER).exists():
@@ -368,12 +356,12 @@ def prepare(workdir: Path) -> Path:
         shutil.rmtree(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / _MARKER).touch()
-    shutil.copytree(WEIGHTS, workdir / "model")
+    shutil.copytree(model, workdir / "model")
     return workdir
 
 
-def write_config(workdir: Path, *, port: int, seed: int) -> Path:
-    """The demo's lightning.toml."""
+def write_config(experiment: Experiment, workdir: Path, *, port: int, seed: int) -> Path:
+    """The experiment's lightning.toml."""
 
     def quoted(name: str) -> str:
         return json.dumps(str(workdir / name))  # a JSON text is a TOML text
@@ -381,9 +369,11 @@ def write_config(workdir: Path, *, port: int, seed: int) -> Path:
     path = workdir / "lightning.toml"
     text = _CONFIG.format(
         port=port,
-        policy=POLICY,
+        policy=experiment.policy,
         seed=seed,
-        min_rollouts=TASKS * RUNS_PER_TASK // 2,  # rewards come all at once, of whatever rollouts had a call
+        # Rewards come all at once, of whatever rollouts had a call.
+        min_rollouts=experiment.tasks_per_turn * experiment.runs_per_task // 2,
+        tables=experiment.tables,
         db=quoted("lightning.db"),
         model=quoted("model"),
         engine_log=quoted("engine.log"),
@@ -417,39 +407,3 @@ def wait_until_ready(proxy: ProxyApi, children: Children, log: Path) -> None:
             reason = str(error)
         time.sleep(0.25)
     raise DemoFailed(f"not ready after {START_TIMEOUT_S:.0f} s: {reason}", log)
-
-
-def describe(number: int, result: DemoResult) -> str:
-    """One line about the iteration that has just ended."""
-    turn = result.iterations[-1]
-    bar = "#" * round(turn.reward * 20)
-    line = f"{number:3d}  sampled {turn.reward:.3f} {bar:<20}  sample {turn.sample_s:4.1f} s  "
-    line += f"reward {turn.reward_s:3.1f} s  train {turn.train_s:4.1f} s  swap {turn.swap_s:4.2f} s"
-    if turn.heldout is not None:
-        line += f"  held-out {turn.heldout:.3f} ({turn.eval_s:.1f} s)"
-    return f"{line}  [{result.seconds:.0f} s]"
-
-
-def save_curve(workdir: Path, result: DemoResult) -> None:
-    """curve.json, with the seconds of every phase, and curve.png."""
-    whole = asdict(result) | {"reached": result.reached}
-    (workdir / "curve.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    os.environ.setdefault("MPLCONFIGDIR", str(workdir / "matplotlib"))
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([turn.reward for turn in result.iterations], marker="o", label="sampled while training")
-    measured = [(0, result.initial)]  # before the first update
-    measured += [
-        (i + 1, turn.heldout) for i, turn in enumerate(result.iterations) if turn.heldout is not None
-    ]
-    axes.plot(*zip(*measured, strict=True), marker="s", label="held-out, temperature 0")
-    axes.axhline(GOAL, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="updates", ylabel="success rate", ylim=(0, 1.03))
-    axes.set_title(f"text-to-SQL agent, seed {result.seed}: {result.seconds:.0f} s in all")
-    axes.legend()
-    figure.savefig(workdir / "curve.png", dpi=120)
-    pyplot.close(figure)

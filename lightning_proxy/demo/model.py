@@ -18,6 +18,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +106,8 @@ def _confused_choice(task: Task, rng: random.Random) -> tuple[str, str]:
     return aggregate, column
 
 
-def build_tokenizer(texts: Sequence[str]) -> Any:
-    """Byte-level BPE over ``texts`` with single digits and the ChatML template."""
+def build_tokenizer(texts: Sequence[str], *, tags: Sequence[str] = TAGS, vocabulary: int = VOCABULARY) -> Any:
+    """Byte-level BPE over ``texts`` with single digits, whole ``tags`` and the ChatML template."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -117,13 +118,13 @@ def build_tokenizer(texts: Sequence[str]) -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(TAGS),
+        vocab_size=vocabulary - len(tags),
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=CHAT_TEMPLATE,
@@ -171,21 +172,35 @@ def build_model(tokenizer: Any) -> Any:
     return model
 
 
-def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, generate: bool = False) -> str:
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Chat messages, and the tools that they were written with."""
+
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]] | None = None
+
+
+def render(tokenizer: Any, conversation: Conversation, *, generate: bool = False) -> str:
     """The text that the model reads."""
     text = tokenizer.apply_chat_template(
-        list(messages), tools=TOOLS, tokenize=False, add_generation_prompt=generate
+        list(conversation.messages),
+        tools=conversation.tools,
+        tokenize=False,
+        add_generation_prompt=generate,
     )
     return str(text)
 
 
-def _row(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+def row_of(tokenizer: Any, conversation: Conversation) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and 1 at each id that the assistant wrote."""
     ids: list[int] = []
     taught: list[int] = []
-    for turn in (2, 4):
-        prompt = tokenizer.encode(render(tokenizer, messages[:turn], generate=True))
-        whole = tokenizer.encode(render(tokenizer, messages[: turn + 1]).removesuffix("\n"))
+    messages, tools = conversation.messages, conversation.tools
+    for turn in [place for place, message in enumerate(messages) if message["role"] == "assistant"]:
+        prompt = tokenizer.encode(render(tokenizer, Conversation(messages[:turn], tools), generate=True))
+        whole = tokenizer.encode(
+            render(tokenizer, Conversation(messages[: turn + 1], tools)).removesuffix("\n")
+        )
         taught += [0] * (len(prompt) - len(ids)) + [1] * (len(whole) - len(prompt))
         ids = whole
     return ids, taught
@@ -204,8 +219,21 @@ def _batch(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[torch
     return ids_B_T, labels_B_T
 
 
-def warm_start(model: Any, tokenizer: Any, *, steps: int = STEPS, log: Callable[[str], None] = print) -> None:
-    """Supervised steps on the confused demonstrator, on fresh tasks throughout."""
+def lessons(step: int, rng: random.Random) -> list[Conversation]:
+    """What the demonstrator shows at a step: always fresh tasks."""
+    tasks = [make_task(TASK_SEED, "train", step * ROWS + i) for i in range(ROWS)]
+    return [Conversation(demonstrate(task, rng), TOOLS) for task in tasks]
+
+
+def warm_start(
+    model: Any,
+    tokenizer: Any,
+    lessons: Callable[[int, random.Random], list[Conversation]] = lessons,
+    *,
+    steps: int = STEPS,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Supervised steps on what ``lessons`` shows at each."""
     import torch
 
     rng = random.Random(SEED)
@@ -214,8 +242,7 @@ def warm_start(model: Any, tokenizer: Any, *, steps: int = STEPS, log: Callable[
     model.train()
     began = time.monotonic()
     for step in range(steps):
-        tasks = [make_task(TASK_SEED, "train", step * ROWS + i) for i in range(ROWS)]
-        rows = [_row(tokenizer, demonstrate(task, rng)) for task in tasks]
+        rows = [row_of(tokenizer, conversation) for conversation in lessons(step, rng)]
         ids_B_T, labels_B_T = _batch(rows, tokenizer.pad_token_id)
         taught_B_T = labels_B_T[:, 1:] != -100
         hidden = model.model(input_ids=ids_B_T, use_cache=False).last_hidden_state[:, :-1][taught_B_T]
@@ -241,6 +268,11 @@ def build(out: Path, *, steps: int = STEPS, log: Callable[[str], None] = print) 
     model = build_model(tokenizer)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     warm_start(model, tokenizer, steps=steps, log=log)
+    save(model, tokenizer, out)
+
+
+def save(model: Any, tokenizer: Any, out: Path) -> None:
+    """In Hugging Face layout, readable for everyone."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     for file in out.iterdir():

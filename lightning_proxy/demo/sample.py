@@ -15,16 +15,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 from urllib.parse import urlsplit
 
 from lightning_proxy.demo.processes import end_group
-from lightning_proxy.demo.tasks import Task, write_database
 from lightning_proxy.errors import EngineRefused, EngineUnreachable, LightningError
 
 HERE = Path(__file__).parent
 CONCURRENCY = 64
 TIMEOUT_S = 60.0
+
+
+class Task(Protocol):
+    """Something to ask an agent, and the answer that is right."""
+
+    @property
+    def task_id(self) -> str: ...
+
+    @property
+    def answer(self) -> str: ...
+
+    def arguments(self, folder: Path) -> list[str]:
+        """The agent's arguments; a file that they name is written to ``folder``, once."""
+        ...
+
+    def for_grader(self, folder: Path) -> dict[str, Any]:
+        """What ``grade`` has to know of it beside its id: ``answer``, or ``gold_query`` and ``db``."""
+        ...
 
 
 class AgentHostDied(LightningError):
@@ -86,6 +103,7 @@ class AgentHost:
         log: IO[Any],
         no_certificates: Path,
         script: Path = HERE / "agent.py",
+        python: str = sys.executable,
         concurrency: int = CONCURRENCY,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
@@ -97,7 +115,7 @@ class AgentHost:
             "SSL_CERT_DIR": str(no_certificates),
             "NO_PROXY": "127.0.0.1,localhost",
         }
-        command = [sys.executable, str(HERE / "agent_host.py"), str(script)]
+        command = [python, str(HERE / "agent_host.py"), str(script)]
         command += ["--concurrency", str(concurrency), "--timeout", str(timeout_s)]
         self._process = subprocess.Popen(
             command,
@@ -162,7 +180,7 @@ def sample(
     *,
     proxy: ProxyApi,
     host: AgentHost,
-    databases: Path,
+    files: Path,
     runs_per_task: int,
     temperature: float,
     metadata: Mapping[str, Any],
@@ -176,7 +194,7 @@ def sample(
     jobs = [
         {
             "id": rollout["rollout_id"],
-            "argv": [task.question, str(write_database(task, databases)), "--temperature", str(temperature)],
+            "argv": [*task.arguments(files), "--temperature", str(temperature)],
             "env": {"OPENAI_BASE_URL": rollout["base_url"], "OPENAI_API_KEY": rollout["api_key"]},
         }
         for task, rollout in zip(wanted, registered, strict=True)
@@ -209,20 +227,9 @@ def read_result(ended: Mapping[str, Any], task_id: str) -> Result:
     return Result(ended["id"], task_id, answer)
 
 
-def write_tasks(path: Path, tasks: Sequence[Task], databases: Path) -> None:
+def write_tasks(path: Path, tasks: Sequence[Task], files: Path) -> None:
     """What the grader needs to know of the tasks, as JSON lines."""
-    _write_lines(
-        path,
-        [
-            {
-                "task_id": task.task_id,
-                "question": task.question,
-                "db": str(write_database(task, databases)),
-                "gold_query": task.query,
-            }
-            for task in tasks
-        ],
-    )
+    _write_lines(path, [{"task_id": task.task_id, **task.for_grader(files)} for task in tasks])
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:

@@ -74,6 +74,15 @@ class Task:
         values = [row[self.columns.index(self.column)] for row in self.rows]
         return str(aggregate_of(self.aggregate, values))
 
+    def arguments(self, folder: Path) -> list[str]:
+        """The agent's: the question, and the database."""
+        return [self.question, str(write_database(self, folder))]
+
+    def for_grader(self, folder: Path) -> dict[str, str]:
+        """The grader finds the right answer by itself."""
+        db = str(write_database(self, folder))
+        return {"question": self.question, "db": db, "gold_query": self.query}
+
 
 def query_text(aggregate: str, column: str, table: str) -> str:
     """The query as the model is shown it."""

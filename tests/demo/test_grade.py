@@ -65,8 +65,8 @@ def test_every_result_gets_a_reward_and_grading_again_adds_none(proxy: ProxyThre
             assert json.loads(done.stdout) == {"graded": 2, "mean": 0.5}
         rewards = [store.list_rewards(rollout_id) for rollout_id in ("r-1", "r-2")]
     assert [[(r.value, r.source) for r in ledger] for ledger in rewards] == [
-        [(1.0, "sqlite-grader")],
-        [(0.0, "sqlite-grader")],
+        [(1.0, "grader")],
+        [(0.0, "grader")],
     ]
 
 

@@ -13,16 +13,10 @@ from pathlib import Path
 import pytest
 
 from lightning_proxy.config import load_settings
-from lightning_proxy.demo.loop import (
-    DemoResult,
-    Iteration,
-    Reports,
-    describe,
-    prepare,
-    save_curve,
-    write_config,
-)
+from lightning_proxy.demo.curve import DemoResult, Iteration, describe, save_curve
+from lightning_proxy.demo.loop import Reports, prepare, write_config
 from lightning_proxy.demo.processes import Children, DemoFailed, run_to_end
+from lightning_proxy.demo.text_to_sql import TEXT_TO_SQL, WEIGHTS
 
 RESULT = DemoResult(
     seed=3,
@@ -65,23 +59,23 @@ def test_the_curve_is_saved_as_numbers_and_as_a_picture(tmp_path: Path) -> None:
 def test_the_configuration_is_one_that_serve_and_train_take(tmp_path: Path) -> None:
     folder = tmp_path / 'a "quoted" folder'
     folder.mkdir()
-    settings = load_settings(config=write_config(folder, port=18080, seed=5))
+    settings = load_settings(config=write_config(TEXT_TO_SQL, folder, port=18080, seed=5))
     assert settings.policy.model == folder / "model"
     assert settings.train.proxy_url == "http://127.0.0.1:18080"
     assert (settings.train.seed, settings.train.min_rollouts) == (5, 64)
 
 
 def test_a_demo_replaces_what_a_demo_left_and_nothing_else(tmp_path: Path) -> None:
-    demo = prepare(tmp_path / "demo")
+    demo = prepare(tmp_path / "demo", WEIGHTS)
     (demo / "lightning.db").write_text("old")
-    assert prepare(tmp_path / "demo") == demo
+    assert prepare(tmp_path / "demo", WEIGHTS) == demo
     assert not (demo / "lightning.db").exists()
     assert (demo / "model" / "config.json").is_file()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("irreplaceable")
     with pytest.raises(DemoFailed, match="no demo made"):
-        prepare(mine)
+        prepare(mine, WEIGHTS)
     assert (mine / "thesis.txt").exists()
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lightning_proxy.demo.loop import WEIGHTS
 from lightning_proxy.demo.tasks import make_tasks
+from lightning_proxy.demo.text_to_sql import WEIGHTS
 
 TEN_MB = 10_000_000
 
@@ -46,13 +46,13 @@ def tokenizer() -> Any:
 
 @pytest.mark.train
 def test_the_prompt_of_turn_two_extends_turn_one_by_exact_token_ids(tokenizer: Any) -> None:
-    from lightning_proxy.demo.model import demonstrate, render
+    from lightning_proxy.demo.model import TOOLS, Conversation, demonstrate, render
 
     rng = random.Random(0)
     for task in make_tasks(0, "heldout", 30):
         messages = demonstrate(task, rng)
-        first = tokenizer.encode(render(tokenizer, messages[:2], generate=True))
-        second = tokenizer.encode(render(tokenizer, messages[:4], generate=True))
+        first = tokenizer.encode(render(tokenizer, Conversation(messages[:2], TOOLS), generate=True))
+        second = tokenizer.encode(render(tokenizer, Conversation(messages[:4], TOOLS), generate=True))
         call = messages[2]["tool_calls"][0]["function"]
         said = (
             f"<tool_call>{json.dumps({'name': 'sql', 'arguments': call['arguments']})}</tool_call><|im_end|>"

@@ -1,0 +1,5 @@
+"""What the maths agent is told."""
+
+SYSTEM = "Calculate, then answer."
+TOOL = "calculator"
+TOOL_DESCRIPTION = "Evaluate."

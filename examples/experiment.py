@@ -1,0 +1,99 @@
+"""Runs one of the experiments: ``python -m examples.experiment sql --seed 0``.
+
+The loop is that of ``lightning-proxy demo``; here stand agents, tasks and roles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from examples.calculator.tasks import make_task as calculator_task
+from examples.search.tasks import make_task as search_task
+from examples.sql import prompts as sql_prompts
+from examples.sql.tasks import make_task as sql_task
+from lightning_proxy.demo.loop import Experiment, run
+from lightning_proxy.demo.processes import DemoFailed
+from lightning_proxy.demo.sample import Task
+from lightning_proxy.demo.tasks import Split
+
+HERE = Path(__file__).parent
+WEIGHTS = HERE / "model" / "weights"
+AGENTS_PYTHON = HERE / ".venv" / "bin" / "python"  # has the frameworks; ours has vLLM and verl
+
+# The checker is not trained. All three are answered by one model, as in the paper.
+_SQL_ROLES = f"""\
+roles = ["writer", "rewriter"]
+
+[[roles]]
+name = "writer"
+system_contains = "{sql_prompts.WRITER}"
+
+[[roles]]
+name = "checker"
+system_contains = "{sql_prompts.CHECKER}"
+
+[[roles]]
+name = "rewriter"
+system_contains = "{sql_prompts.REWRITER}"
+"""
+
+
+def _experiment(
+    name: str, title: str, make_task: Callable[[int, Split, int], Task], tables: str = ""
+) -> Experiment:
+    def make_tasks(seed: int, split: Split, count: int, *, start: int = 0) -> Sequence[Task]:
+        return [make_task(seed, split, number) for number in range(start, start + count)]
+
+    return Experiment(
+        title=title,
+        policy="policy",
+        model=WEIGHTS,
+        agent=HERE / name / "agent.py",
+        make_tasks=make_tasks,
+        python=str(AGENTS_PYTHON),
+        tables=tables,
+        held_out_tasks=96,
+        stop_after_s=900.0,
+    )
+
+
+EXPERIMENTS = {
+    "sql": _experiment("sql", "text-to-SQL, LangGraph", sql_task, _SQL_ROLES),
+    "search": _experiment("search", "two-hop questions, OpenAI Agents SDK", search_task),
+    "calculator": _experiment("calculator", "word problems, AutoGen", calculator_task),
+}
+
+
+def main() -> None:
+    """Command line; exit status 1 if held-out success does not get over 0.8."""
+    parser = argparse.ArgumentParser(description="Let one of the three agents learn, on this machine.")
+    parser.add_argument("name", choices=sorted(EXPERIMENTS))
+    parser.add_argument("--seed", type=int, default=0, help="which tasks, and all else that is random")
+    parser.add_argument("--iterations", type=int, help="most turns of the loop (default 24)")
+    parser.add_argument("--shuffle-rewards", action="store_true", help="the control: must not learn")
+    parser.add_argument("--workdir", type=Path, help="default: lightning-demo/NAME-SEED")
+    args = parser.parse_args()
+    kind = f"{args.name}-{args.seed}" + ("-shuffled" if args.shuffle_rewards else "")
+    workdir = args.workdir or Path("lightning-demo") / kind
+    try:
+        result = run(
+            EXPERIMENTS[args.name],
+            workdir=workdir,
+            seed=args.seed,
+            iterations=args.iterations,
+            shuffle=args.shuffle_rewards,
+        )
+    except DemoFailed as failure:
+        sys.exit(f"experiment: {failure}")
+    print(
+        f"held-out success: {result.initial:.3f} before, {result.final:.3f} after "
+        f"{len(result.iterations)} iterations, {result.seconds:.0f} s; the curve is in {workdir}"
+    )
+    sys.exit(not (result.reached or args.shuffle_rewards))
+
+
+if __name__ == "__main__":
+    main()
