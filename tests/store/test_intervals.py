@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -204,6 +205,24 @@ def test_a_mean_and_a_difference_have_the_intervals_that_scipy_gives() -> None:
         (-0.8440191599996227, 5.594019159999623), rel=1e-12
     )
     assert difference.method is Method.WELCH
+
+
+@pytest.mark.parametrize(("count", "other"), [(3, 3), (5, 20), (30, 30)])
+def test_intervals_over_many_values_are_right_about_95_times_in_100(count: int, other: int) -> None:
+    """Skewed returns, where versions of few often have equal ones only."""
+    values, often, seldom = [-1.2, -1.0, -0.1, 0.5, 1.0], [1, 3, 1, 1, 9], [1, 1, 0, 1, 30]
+    returns, draw = Returns.of(values), random.Random(7)
+    one, two = (
+        sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights) for weights in (often, seldom)
+    )
+    right = []
+    for _ in range(2000):
+        better, base = draw.choices(values, seldom, k=other), draw.choices(values, often, k=count)
+        found = difference_of(sample(better), sample(base), returns)
+        assert found.low is not None
+        assert found.high is not None
+        right.append(found.low <= two - one <= found.high)
+    assert statistics.fmean(right) > 0.93
 
 
 @given(st.lists(st.sampled_from([-1.0, 0.0, 0.1, 0.25, 1.0, 7.5]), min_size=2, max_size=40))
