@@ -145,7 +145,7 @@ def _print_comparison(found: Comparison, against: str) -> None:
 
 
 def _cells(row: VersionReturns, name: str) -> tuple[Any, ...]:
-    share = None if row.share is None else f"{row.share:.0%}"
+    share = None if row.share is None else f"{row.share:.1%}"
     status = row.status and row.status.value
     return (
         name,

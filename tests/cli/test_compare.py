@@ -65,11 +65,11 @@ def as_json(*words: str) -> Any:
 
 def test_a_table_shows_each_version_with_intervals_and_what_is_no_single_ones() -> None:
     assert compare() == (
-        "VERSION  STATUS  ROLLOUTS  REWARDED  SHARE  MEAN  95% INTERVAL     VS 0  95% INTERVAL\n"
-        "0        active  10        10        100%   -0.4  -0.784 to 0.206  -     -\n"
-        "1        staged  20        10        50%    0.8   0.192 to 0.964   +1.2  +0.341 to +1.62\n"
-        "mixed    -       1         1         100%   1     -0.587 to 1      -     -\n"
-        "unknown  -       1         0         0%     -     -                -     -\n"
+        "VERSION  STATUS  ROLLOUTS  REWARDED  SHARE   MEAN  95% INTERVAL     VS 0  95% INTERVAL\n"
+        "0        active  10        10        100.0%  -0.4  -0.784 to 0.206  -     -\n"
+        "1        staged  20        10        50.0%   0.8   0.192 to 0.964   +1.2  +0.341 to +1.62\n"
+        "mixed    -       1         1         100.0%  1     -0.587 to 1      -     -\n"
+        "unknown  -       1         0         0.0%    -     -                -     -\n"
         "left out: 1 that failed by a fault of engine, network or proxy\n"
     )
 
