@@ -133,6 +133,13 @@ app.command(
     ),
 )(rewards.reward)
 app.add_typer(policies.app, epilog=_example("lightning-proxy policies", "lightning-proxy policies promote 3"))
+policies.app.command(
+    epilog=_example(
+        "lightning-proxy policies compare",
+        "lightning-proxy policies compare --against parent --since 30d",
+        "lightning-proxy policies compare --reward thumb --json",
+    )
+)(policies.compare)
 policies.app.command(epilog=_example("lightning-proxy policies promote 3"))(policies.promote)
 policies.app.command(
     epilog=_example("lightning-proxy policies rollback", "lightning-proxy policies rollback --to 2")

@@ -1,8 +1,9 @@
-"""policies: which versions there are, and which one is served."""
+"""policies: which versions there are, which one is served, and by how much each is better."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import time
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
@@ -22,6 +23,9 @@ from lightning_proxy.cli.common import (
     when,
 )
 
+if TYPE_CHECKING:
+    from lightning_proxy.store import Comparison, Estimate, VersionReturns
+
 app = typer.Typer(name="policies", invoke_without_command=True, rich_markup_mode=None)
 
 
@@ -33,7 +37,7 @@ def policies(
     db: DbOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """List policy versions, newest first; promote one, or roll back."""
+    """List policy versions, newest first; compare them, promote one, or roll back."""
     if ctx.invoked_subcommand is not None:
         return
     with open_store(settings_from(config, store__db=db)) as store:
@@ -49,6 +53,37 @@ def policies(
             for v in versions
         ],
     )  # fmt: skip
+
+
+def compare(
+    against: Annotated[
+        str,
+        typer.Option("--against", help="first (that has a return), parent, or a version.", metavar="VERSION"),
+    ] = "first",
+    since: Annotated[
+        str | None, typer.Option("--since", help="Only rollouts that began in the last 24h, 30d, ...")
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option("--reward", help="Only the reward of this name, as it was posted.")
+    ] = None,
+    policy: PolicyOption = None,
+    json_: JsonOption = False,
+    db: DbOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Is it getting better? Mean return of each version, first to last, with 95% intervals."""
+    from lightning_proxy.store import against_from, seconds_of
+
+    base = against_from(against)
+    begin = 0.0 if since is None else time.time() - seconds_of(since)
+    settings = settings_from(config, store__db=db)
+    with open_store(settings) as store:
+        name = policy or settings.policy.name
+        found = store.compare_versions(name, against=base, since=begin, reward=reward)
+    if json_:
+        print_json(found)
+        return
+    _print_comparison(found, against)
 
 
 def promote(
@@ -91,3 +126,42 @@ def _print_promotion(answer: dict[str, Any], as_json: bool) -> None:
         f"version {answer['version']} of {answer['policy']} is {answer['status']}, {checked}; "
         f"calls were held for {answer['swap_s']:.2f} s"
     )
+
+
+def _print_comparison(found: Comparison, against: str) -> None:
+    interval = "95% INTERVAL"
+    compared = {str(each.against) for each in found.versions if each.against is not None}
+    base = compared.pop() if against == "first" and compared else against.upper()
+    rows = [_cells(each, str(each.version)) for each in found.versions]
+    rows += [
+        _cells(each, name)
+        for name, each in (("mixed", found.mixed), ("unknown", found.unknown))
+        if each.rollouts
+    ]
+    head = ("VERSION", "STATUS", "ROLLOUTS", "REWARDED", "SHARE", "MEAN", interval, f"VS {base}", interval)
+    print_table(head, rows)
+    if found.faulty:
+        typer.echo(f"left out: {found.faulty} that failed by a fault of engine, network or proxy")
+
+
+def _cells(row: VersionReturns, name: str) -> tuple[Any, ...]:
+    share = None if row.share is None else f"{row.share:.1%}"
+    status = row.status and row.status.value
+    return (
+        name,
+        status,
+        row.rollouts,
+        row.rewarded,
+        share,
+        *_shown(row.mean, ""),
+        *_shown(row.difference, "+"),
+    )
+
+
+def _shown(estimate: Estimate | None, sign: str) -> tuple[str | None, str | None]:
+    if estimate is None:
+        return None, None
+    value = f"{estimate.value:{sign}.3g}"
+    if estimate.low is None or estimate.high is None:
+        return value, None
+    return value, f"{estimate.low:{sign}.3g} to {estimate.high:{sign}.3g}"

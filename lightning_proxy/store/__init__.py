@@ -14,6 +14,8 @@ tables), then the part that you are after::
     returns.py      what the rewards of a rollout add up to
     policies.py     versions of policies: staged, active, retired, rejected
     runs.py         training runs: leases, draining, committing
+    intervals.py    confidence intervals of mean returns (no I/O)
+    comparison.py   versions compared by their returns
     judgements.py   which rollouts automatic rewards were entered for
     causes.py       why a rollout failed: the root cause (no SQL)
     failures.py     failed rollouts, silent ones, failures in numbers
@@ -30,7 +32,9 @@ database is made or migrated.
 """
 
 from lightning_proxy.store.causes import failed_by_infrastructure, last_call, root_cause
+from lightning_proxy.store.comparison import Comparison, VersionReturns, against_from
 from lightning_proxy.store.failures import By, seconds_of
+from lightning_proxy.store.intervals import Estimate, Method
 from lightning_proxy.store.json_view import as_json
 from lightning_proxy.store.judgements import Unjudged
 from lightning_proxy.store.records import (
@@ -78,8 +82,10 @@ __all__ = [
     "Backlog",
     "By",
     "Companion",
+    "Comparison",
     "ConversationEnd",
     "ErrorClass",
+    "Estimate",
     "FailureExample",
     "FailureSummary",
     "Fidelity",
@@ -87,6 +93,7 @@ __all__ = [
     "Generation",
     "KeyOwner",
     "LeaseState",
+    "Method",
     "NewTask",
     "Payment",
     "PolicyVersion",
@@ -107,9 +114,11 @@ __all__ = [
     "TaskSummary",
     "TrainingRun",
     "Unjudged",
+    "VersionReturns",
     "VersionStatus",
     "Writer",
     "add_up",
+    "against_from",
     "as_json",
     "failed_by_infrastructure",
     "last_call",

@@ -39,12 +39,16 @@ class RewardRule:
     late: bool = True
     roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    def weight_of(self, name: str) -> float:
+        """The signed weight of a reward."""
+        return self.weights.get(name, 1.0)
+
     def payments(self, rewards: Iterable[Reward]) -> tuple[Payment, ...]:
         """What each of these adds to the return, in their order; without comments and weight 0."""
         return tuple(
             Payment(weight * reward.value, reward.span_id, self.roles.get(reward.name, ()))
             for reward in rewards
-            if reward.value is not None and (weight := self.weights.get(reward.name, 1.0))
+            if reward.value is not None and (weight := self.weight_of(reward.name))
         )
 
     def return_of(self, rewards: Iterable[Reward]) -> float | None:
@@ -58,16 +62,21 @@ class RewardRule:
 
 
 def add_up(payments: Iterable[Payment]) -> float | None:
+    """The sum of what they add, as :func:`total` makes it."""
+    return total(payment.value for payment in payments)
+
+
+def total(paid: Iterable[float]) -> float | None:
     """The sum, rounded once, so that the order of the rewards makes no difference.
 
     ``None`` where there is nothing to add up: a missing reward is not a reward of 0. What is beyond a
     float is its largest number, so that no post can make a rollout unreadable.
     """
-    values = [payment.value for payment in payments]
+    values = list(paid)
     if not values:
         return None
     try:
-        total = math.fsum(values)
+        added = math.fsum(values)
     except (OverflowError, ValueError):  # beyond a float on the way, or infinities of both signs
-        total = sum(max(-_LARGEST, min(_LARGEST, value)) for value in values)
-    return max(-_LARGEST, min(_LARGEST, total))
+        added = sum(max(-_LARGEST, min(_LARGEST, value)) for value in values)
+    return max(-_LARGEST, min(_LARGEST, added))

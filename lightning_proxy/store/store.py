@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_proxy.store.claims import Claims
+from lightning_proxy.store.comparison import Comparisons
 from lightning_proxy.store.judgements import Judgements
 from lightning_proxy.store.records import Rollout, RolloutSummary
 from lightning_proxy.store.rollouts import rollout_from
@@ -33,7 +34,7 @@ SELECT
    WHERE span_id = (SELECT max(span_id) FROM spans)) AS last_span_at"""
 
 
-class Store(Judgements, Claims):
+class Store(Judgements, Comparisons, Claims):
     """Everything that is recorded, in one SQLite file; see :meth:`Connection.open`.
 
     Synchronous, for one thread at a time; several processes may each have one open. Every method

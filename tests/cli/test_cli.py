@@ -36,7 +36,8 @@ DOCUMENTED = (
     "export",
     "import",
 )
-ALL_COMMANDS = [(name,) for name in DOCUMENTED] + [("policies", "promote"), ("policies", "rollback")]
+_OF_POLICIES = [("policies", name) for name in ("compare", "promote", "rollback")]
+ALL_COMMANDS = [(name,) for name in DOCUMENTED] + _OF_POLICIES
 
 
 @pytest.fixture(autouse=True)

@@ -186,6 +186,24 @@ def test_policies_are_listed_with_their_versions(
     assert (listed["run_id"], listed["state"], listed["report"]) == (run.run_id, "committed", {"loss": 0.5})
 
 
+def test_versions_are_compared(proxy: ProxyThread) -> None:
+    for number in range(4):
+        chat(proxy, prefix=f"/rollout/r{number}")
+        send(proxy.url, "/reward", {"rollout_id": f"r{number}", "thumb": "up" if number else "down"})
+    recorded(proxy, 4)
+    found = api(proxy, "policies/policy/comparison?against=first&since=1h&reward=thumb")
+    (version,) = found["versions"]
+    assert (version["version"], version["rollouts"], version["rewarded"], version["share"]) == (0, 4, 4, 1.0)
+    assert (version["mean"]["value"], version["mean"]["method"]) == (0.5, "wilson")
+    assert -1 < version["mean"]["low"] < 0.5 < version["mean"]["high"] < 1
+    assert (found["mixed"]["rollouts"], found["unknown"]["rollouts"], found["faulty"]) == (0, 0, 0)
+    send(proxy.url, "/reward", {"rollout_id": "r0", "thumb": "up"})
+    assert api(proxy, "policies/policy/comparison")["versions"][0]["mean"]["value"] == 1.0
+    assert refused(proxy, "policies/nobody/comparison")[0] == 404
+    for query in ("against=second", "since=yesterday"):
+        assert refused(proxy, f"policies/policy/comparison?{query}")[0] == 400
+
+
 def test_stats_count_everything(proxy: ProxyThread) -> None:
     chat(proxy, prefix="/rollout/r1")
     send(proxy.url, "/reward", {"value": 1, "rollout_id": "r1"})

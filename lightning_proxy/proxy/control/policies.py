@@ -1,14 +1,15 @@
-"""``/api/policies`` and ``/api/runs``: versions, promotion, rollback, training runs."""
+"""``/api/policies`` and ``/api/runs``: versions, their comparison, promotion, rollback, training runs."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from aiohttp import web
 
 from lightning_proxy.errors import InvalidInput
 from lightning_proxy.proxy.served import Policies
-from lightning_proxy.store import as_json
+from lightning_proxy.store import against_from, as_json, seconds_of
 
 from .access import Access
 from .requests import answer, fields_of, limit_of, read_json, whole
@@ -25,6 +26,7 @@ class PolicyRoutes:
         """The routes of this file."""
         return [
             web.get("/api/policies", self.list_policies),
+            web.get("/api/policies/{policy}/comparison", self.compare),
             web.post("/api/policies/{policy}/versions/{version}/promote", self.promote),
             web.post("/api/policies/{policy}/rollback", self.rollback),
             web.get("/api/runs", self.list_runs),
@@ -42,6 +44,20 @@ class PolicyRoutes:
             if version.status == "active":
                 entry["active"] = version.version
         return answer({"policies": list(policies.values())})
+
+    async def compare(self, request: web.Request) -> web.Response:
+        """Mean return of each version and its difference to another, with 95% intervals.
+
+        ``against`` (``first``, ``parent`` or a version), ``since`` (``24h``), ``reward`` (a name).
+        """
+        policy, reward = request.match_info["policy"], request.query.get("reward")
+        against = against_from(request.query.get("against", "first"))
+        window = request.query.get("since")
+        since = 0.0 if window is None else time.time() - seconds_of(window)
+        found = await self._access.read(
+            lambda store: store.compare_versions(policy, against=against, since=since, reward=reward)
+        )
+        return answer(as_json(found))
 
     async def promote(self, request: web.Request) -> web.Response:
         """Let a version take over; answers when it has, or says why it could not."""
