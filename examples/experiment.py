@@ -74,10 +74,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which tasks, and all else that is random")
     parser.add_argument("--iterations", type=int, help="most turns of the loop (default 24)")
     parser.add_argument("--shuffle-rewards", action="store_true", help="the control: must not learn")
-    parser.add_argument("--workdir", type=Path, help="default: lightning-demo/NAME-SEED")
+    parser.add_argument("--workdir", type=Path, help="default: lightning-examples/NAME-SEED")
     args = parser.parse_args()
     kind = f"{args.name}-{args.seed}" + ("-shuffled" if args.shuffle_rewards else "")
-    workdir = args.workdir or Path("lightning-demo") / kind
+    workdir = args.workdir or Path("lightning-examples") / kind
     try:
         result = run(
             EXPERIMENTS[args.name],

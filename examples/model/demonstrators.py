@@ -1,6 +1,6 @@
 """Who the model imitates before any reward: they keep to each agent's protocol, and mix things up.
 
-For every wording there is a wrong reading that is as common as the right one, or more so. Sampled, the model
+Most wordings have a wrong reading that is more common than the right one; some are clear. Sampled, the model
 therefore succeeds now and then, and reinforcement has something to find.
 """
 
@@ -21,7 +21,8 @@ from lightning_proxy.demo.model import Conversation
 
 Item = TypeVar("Item")
 
-# (right reading, favoured wrong one) of a wording; the others share the rest. Every other wording is clear.
+# (right reading, favoured wrong one) of a wording; the others share the rest. The first wording is clear, and
+# every third one after it; of the calculator's every other one, since both of its steps must be right.
 CLEAR = (0.6, 0.3)
 MIXED_UP = (0.42, 0.5)
 RIGHT_COLUMN = 0.9
@@ -31,10 +32,12 @@ CHECKER_APPROVES_WRONG = 0.45
 ONE_HOP = 0.05  # answers before the second hop, or leaves out the second step
 
 
-def read(right: Item, readings: Sequence[Item], wording: int, rng: random.Random) -> Item:
+def read(
+    right: Item, readings: Sequence[Item], wording: int, rng: random.Random, *, clear_every: int = 3
+) -> Item:
     """How somebody understands wording number ``wording`` who favours the reading after the right one."""
     favoured = readings[(readings.index(right) + 1) % len(readings)]
-    p_right, p_favoured = MIXED_UP if wording % 2 else CLEAR
+    p_right, p_favoured = MIXED_UP if wording % clear_every else CLEAR
     draw = rng.random()
     if draw < p_right:
         return right
@@ -114,7 +117,10 @@ def calculator(task: CalculatorTask, rng: random.Random) -> list[Conversation]:
         next(i for i, (text, _) in enumerate(STEPS) if text.format(number) == clause)
         for number, clause in zip(task.sum.numbers[1:], task.clauses, strict=True)
     ]
-    first, second = (read(s, SIGNS, w, rng) for s, w in zip(task.sum.signs, wordings, strict=True))
+    first, second = (
+        read(sign, SIGNS, wording, rng, clear_every=2)
+        for sign, wording in zip(task.sum.signs, wordings, strict=True)
+    )
     wanted = Sum(task.sum.numbers, (first, second))
     expression, result = str(wanted), str(wanted.value)
     if rng.random() < ONE_HOP:

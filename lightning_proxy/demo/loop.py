@@ -169,9 +169,9 @@ def running(experiment: Experiment, workdir: Path, seed: int, shuffle: bool, say
     ):
         say(f"starting vLLM behind the proxy at {proxy.url} (about a minute); logs are in {workdir}")
         model = str(workdir / "model")
-        children.start("serve", [*_command("serve", workdir), "--model", model], workdir / "serve.log")
+        children.start("serve", [*command_of("serve", workdir), "--model", model], workdir / "serve.log")
         wait_until_ready(proxy, children, workdir / "serve.log")
-        children.start("train", [*_command("train", workdir), "--watch", "--json"], workdir / "train.log")
+        children.start("train", [*command_of("train", workdir), "--watch", "--json"], workdir / "train.log")
         yield Turn(experiment, workdir, proxy, host, children, seed, shuffle)
 
 
@@ -383,7 +383,8 @@ def write_config(experiment: Experiment, workdir: Path, *, port: int, seed: int)
     return path
 
 
-def _command(name: str, workdir: Path) -> list[str]:
+def command_of(name: str, workdir: Path) -> list[str]:
+    """``lightning-proxy NAME`` with the experiment's configuration."""
     return [sys.executable, "-m", "lightning_proxy.cli", name, "--config", str(workdir / "lightning.toml")]
 
 
