@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,19 +40,29 @@ def environment_for(client: Client, *, fresh: bool = False) -> Environment:
 
 
 def _python(client: Client, folder: Path, fresh: bool) -> Environment:
-    python, wanted = folder / "bin" / "python", "\n".join(client.requires or (client.package,))
-    if fresh or not _is_made_of(folder, wanted):
-        shutil.rmtree(folder, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(folder)])
-        _run([str(python), "-m", "pip", "install", "-qq", *wanted.split()])
-        _stamp(folder, wanted)
+    wanted = client.requires or (client.package,)
+    python = python_with(wanted, folder, fresh=fresh)
     installed = {
         entry["name"].lower().replace("_", "-"): entry["version"]
         for entry in json.loads(_run([str(python), "-m", "pip", "list", "--format", "json"]))
     }
-    direct = [client.package, *(name.partition("[")[0] for name in wanted.split())]
+    direct = [client.package, *(name.partition("[")[0] for name in wanted)]
     versions = {name: installed[name] for name in direct}
     return Environment((str(python), str(AGENTS / client.agent)), python.parent, versions)
+
+
+def python_with(wanted: Sequence[str], folder: Path, *, fresh: bool = False) -> Path:
+    """The interpreter of an environment in ``folder`` with the packages ``wanted``, made where it has others.
+
+    Raises ``CannotInstall``.
+    """
+    python, made_of = folder / "bin" / "python", "\n".join(wanted)
+    if fresh or not _is_made_of(folder, made_of):
+        shutil.rmtree(folder, ignore_errors=True)
+        _run([sys.executable, "-m", "venv", str(folder)])
+        _run([str(python), "-m", "pip", "install", "-qq", *wanted])
+        _stamp(folder, made_of)
+    return python
 
 
 def _node(client: Client, folder: Path, fresh: bool) -> Environment:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from examples.calculator.tasks import make_task as calculator_task
+from examples.environment import CannotInstall, agents_python
 from examples.search.tasks import make_task as search_task
 from examples.sql import prompts as sql_prompts
 from examples.sql.tasks import make_task as sql_task
@@ -21,7 +22,6 @@ from lightning_proxy.demo.tasks import Split
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "model" / "weights"
-AGENTS_PYTHON = HERE / ".venv" / "bin" / "python"  # has the frameworks; ours has vLLM and verl
 
 # The checker is not trained. All three are answered by one model, as in the paper.
 _SQL_ROLES = f"""\
@@ -41,36 +41,42 @@ system_contains = "{sql_prompts.REWRITER}"
 """
 
 
-def _experiment(
-    name: str, title: str, make_task: Callable[[int, Split, int], Task], tables: str = ""
-) -> Experiment:
+NAMES = ("sql", "search", "calculator")
+
+
+def experiment(name: str) -> Experiment:
+    """One of them; the agents' environment is made where it is missing, see ``agents_python``."""
+    titles = {
+        "sql": "text-to-SQL, LangGraph",
+        "search": "two-hop questions, OpenAI Agents SDK",
+        "calculator": "word problems, AutoGen",
+    }
+    tasks: dict[str, Callable[[int, Split, int], Task]] = {
+        "sql": sql_task,
+        "search": search_task,
+        "calculator": calculator_task,
+    }
+
     def make_tasks(seed: int, split: Split, count: int, *, start: int = 0) -> Sequence[Task]:
-        return [make_task(seed, split, number) for number in range(start, start + count)]
+        return [tasks[name](seed, split, number) for number in range(start, start + count)]
 
     return Experiment(
-        title=title,
+        title=titles[name],
         policy="policy",
         model=WEIGHTS,
         agent=HERE / name / "agent.py",
         make_tasks=make_tasks,
-        python=str(AGENTS_PYTHON),
-        tables=tables,
+        python=agents_python(),
+        tables=_SQL_ROLES if name == "sql" else "",
         held_out_tasks=96,
         stop_after_s=900.0,
     )
 
 
-EXPERIMENTS = {
-    "sql": _experiment("sql", "text-to-SQL, LangGraph", sql_task, _SQL_ROLES),
-    "search": _experiment("search", "two-hop questions, OpenAI Agents SDK", search_task),
-    "calculator": _experiment("calculator", "word problems, AutoGen", calculator_task),
-}
-
-
 def main() -> None:
     """Command line; exit status 1 if held-out success does not get over 0.8."""
     parser = argparse.ArgumentParser(description="Let one of the three agents learn, on this machine.")
-    parser.add_argument("name", choices=sorted(EXPERIMENTS))
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("--seed", type=int, default=0, help="which tasks, and all else that is random")
     parser.add_argument("--iterations", type=int, help="most turns of the loop (default 24)")
     parser.add_argument("--shuffle-rewards", action="store_true", help="the control: must not learn")
@@ -80,13 +86,13 @@ def main() -> None:
     workdir = args.workdir or Path("lightning-examples") / kind
     try:
         result = run(
-            EXPERIMENTS[args.name],
+            experiment(args.name),
             workdir=workdir,
             seed=args.seed,
             iterations=args.iterations,
             shuffle=args.shuffle_rewards,
         )
-    except DemoFailed as failure:
+    except (DemoFailed, CannotInstall) as failure:
         sys.exit(f"experiment: {failure}")
     print(
         f"held-out success: {result.initial:.3f} before, {result.final:.3f} after "

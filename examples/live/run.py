@@ -1,9 +1,9 @@
 """An agent in service learns from its users: ``python -m examples.live.run --minutes 12``.
 
 The agent is told ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``, nothing else; which calls belong together the
-proxy finds out. Users ask all the time, each question once. Thumbs come minutes late, for one call in five, and
-some are corrected afterwards. ``lightning-proxy train`` runs on a schedule, a fresh process each time, as cron
-would.
+proxy finds out. Users ask all the time, each question once. Thumbs come minutes late, for one call in five,
+and some are corrected afterwards. ``lightning-proxy train`` runs on a schedule, a fresh process each time, as
+cron would.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from examples.calculator.tasks import make_task
-from examples.experiment import AGENTS_PYTHON, WEIGHTS
+from examples.environment import CannotInstall, agents_python
+from examples.experiment import WEIGHTS
 from examples.live.report import by_version, line_of, save, versions_by_response
 from examples.live.users import Agent, Crowd, Habits
 from lightning_proxy.demo.loop import (
@@ -94,7 +95,7 @@ async def traffic(workdir: Path, url: str, seed: int, minutes: float, habits: Ha
     env |= {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "any"}
     began = time.monotonic()
     with (workdir / "agent.log").open("wb") as log:
-        async with await Agent.start([str(AGENTS_PYTHON), str(SERVICE)], env, log) as agent:
+        async with await Agent.start([agents_python(), str(SERVICE)], env, log) as agent:
             crowd = Crowd(agent, url, habits, seed)
             schedule = asyncio.ensure_future(train_on_schedule(workdir))
             try:
@@ -144,7 +145,7 @@ def main() -> None:
     workdir = args.workdir or Path("lightning-examples") / f"live-{args.seed}"
     try:
         gain = run(workdir, seed=args.seed, minutes=args.minutes, habits=Habits())
-    except (DemoFailed, ConnectionError) as failure:
+    except (DemoFailed, CannotInstall, ConnectionError) as failure:
         sys.exit(f"live: {failure}")
     sys.exit(gain <= 0)
 

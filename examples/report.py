@@ -1,0 +1,165 @@
+"""Draws what the experiments gave: ``python -m examples.report``.
+
+Reads ``results/``, where each run's ``curve.json`` or ``live.json`` lies as NAME-SEED.json or
+NAME-SEED-shuffled.json; writes the pictures in ``docs/``, and the tables into ``docs/experiments.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from examples.experiment import NAMES
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+PAGE = ROOT / "docs" / "experiments.md"
+Run = Mapping[str, Any]
+
+
+def runs_of(name: str, *, shuffled: bool = False, folder: Path = RESULTS) -> list[Run]:
+    """The saved runs of an experiment, by seed."""
+    pattern = re.compile(rf"{name}-\d+{'-shuffled' if shuffled else ''}\.json")
+    found = [json.loads(path.read_text()) for path in folder.iterdir() if pattern.fullmatch(path.name)]
+    return sorted(found, key=lambda run: run["seed"])
+
+
+def held_out(run: Run) -> list[tuple[int, float]]:
+    """(updates, held-out success) wherever it was measured."""
+    measured = [(number + 1, turn["heldout"]) for number, turn in enumerate(run["iterations"])]
+    return [(0, run["initial"]), *((number, rate) for number, rate in measured if rate is not None)]
+
+
+def training_s(run: Run) -> float:
+    """Seconds from the first sampling to the last update: without vLLM's start and without measuring."""
+    phases = ("sample_s", "reward_s", "train_s", "swap_s")
+    return float(sum(turn[phase] for turn in run["iterations"] for phase in phases))
+
+
+def table(names: Sequence[str] = NAMES, folder: Path = RESULTS) -> str:
+    """One row a run, as Markdown."""
+    lines = [
+        "| experiment | seed | rewards | held-out before | after | sampled, first | last | updates | training, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        for run in [*runs_of(name, folder=folder), *runs_of(name, shuffled=True, folder=folder)]:
+            turns = run["iterations"]
+            rewards = "shuffled" if run["shuffled"] else "own"
+            lines.append(
+                f"| {name} | {run['seed']} | {rewards} | {run['initial']:.3f} | {run['final']:.3f} "
+                f"| {turns[0]['reward']:.3f} | {turns[-1]['reward']:.3f} | {len(turns)} "
+                f"| {training_s(run):.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def live_table(folder: Path = RESULTS) -> str:
+    """One row a run of live traffic, as Markdown."""
+    lines = [
+        "| seed | answers | thumbs | corrected | version 0 | last version | gain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in runs_of("live", folder=folder):
+        first, last = run["versions"][0], run["versions"][-1]
+        lines.append(
+            f"| {run['seed']} | {run['answers']} | {run['thumbs']} | {run['corrected']} "
+            f"| {_interval(first['success'])} | {last['version']}: {_interval(last['success'])} "
+            f"| {_interval(last['gain'], '+')} |"
+        )
+    return "\n".join(lines)
+
+
+def _interval(estimate: Mapping[str, float], sign: str = "") -> str:
+    value, low, high = (format(estimate[key], f"{sign}.3f") for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def draw_experiments(path: Path, names: Sequence[str] = NAMES, folder: Path = RESULTS) -> None:
+    """Every seed's held-out success, the seeds' mean of sampled success, and the control."""
+    pyplot = _pyplot()
+    figure, panels = pyplot.subplots(
+        1, len(names), figsize=(5 * len(names), 4), layout="constrained", sharey=True
+    )
+    for axes, name in zip(panels, names, strict=True):
+        runs = runs_of(name, folder=folder)
+        for run in runs:
+            axes.plot(*zip(*held_out(run), strict=True), marker="s", label=f"held-out, seed {run['seed']}")
+        _spread(axes, runs)
+        for run in runs_of(name, shuffled=True, folder=folder):
+            points = zip(*held_out(run), strict=True)
+            axes.plot(*points, color="grey", marker="x", label="held-out, rewards shuffled")
+        axes.axhline(0.8, color="grey", linewidth=0.8, linestyle="--")
+        axes.set(xlabel="updates", ylim=(0, 1.03), title=runs[0]["title"] if runs else name)
+        axes.legend(fontsize="small", loc="lower right")
+    panels[0].set_ylabel("success rate")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _spread(axes: Any, runs: Sequence[Run]) -> None:
+    """Sampled success: lowest, mean and highest of the seeds that got so far."""
+    longest = max((len(run["iterations"]) for run in runs), default=0)
+    columns = [
+        [run["iterations"][i]["reward"] for run in runs if i < len(run["iterations"])] for i in range(longest)
+    ]
+    steps = range(longest)
+    axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color="C7", alpha=0.25)
+    axes.plot(steps, [fmean(c) for c in columns], color="C7", label="sampled while training, mean and range")
+
+
+def draw_live(path: Path, folder: Path = RESULTS) -> None:
+    """Right answers by policy version, with their intervals, every seed."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for run in runs_of("live", folder=folder):
+        rows = run["versions"]
+        rates = [row["success"]["value"] for row in rows]
+        below = [row["success"]["value"] - row["success"]["low"] for row in rows]
+        above = [row["success"]["high"] - row["success"]["value"] for row in rows]
+        versions = [row["version"] for row in rows]
+        axes.errorbar(
+            versions, rates, yerr=[below, above], marker="o", capsize=3, label=f"seed {run['seed']}"
+        )
+    axes.set(xlabel="policy version", ylabel="right answers, 95% interval", ylim=(0, 1.03))
+    axes.set_title("live traffic: late thumbs for one call in five")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp(prefix="matplotlib-"))
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def write_page(page: Path = PAGE) -> None:
+    """Puts the tables between their marks."""
+    text = page.read_text(encoding="utf-8")
+    for mark, content in (("experiments", table()), ("live", live_table())):
+        begin, end = f"<!-- {mark}: written by examples/report.py -->", f"<!-- end of {mark} -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
+    page.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Pictures and tables."""
+    draw_experiments(PAGE.with_suffix(".png"))
+    draw_live(PAGE.with_name("live-traffic.png"))
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
