@@ -45,7 +45,7 @@ def training_s(run: Run) -> float:
 def table(names: Sequence[str] = NAMES, folder: Path = RESULTS) -> str:
     """One row a run, as Markdown."""
     lines = [
-        "| experiment | seed | rewards | held-out before | after | sampled, first | last | updates | seconds |",
+        "| experiment | seed | rewards | held-out before | after | sampled first | last | updates | s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in names:

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from examples.calculator.tasks import make_task as calculator_task
 from examples.model import demonstrators
@@ -43,6 +44,14 @@ def lessons(step: int, rng: random.Random) -> list[Conversation]:
     return shown
 
 
+def training_tokenizer() -> Any:
+    """The tokenizer of the shipped model, from the demonstrators' own words."""
+    rng = random.Random(SEED)
+    bare = build_tokenizer([], tags=TAGS, vocabulary=VOCABULARY)  # for its template
+    words = [render(bare, shown) for step in range(300) for shown in lessons(step, rng)]
+    return build_tokenizer(words, tags=TAGS, vocabulary=VOCABULARY)
+
+
 def build(out: Path, *, steps: int = STEPS, log: Callable[[str], None] = print) -> None:
     """Writes the warm-started model and its tokenizer to ``out`` (Hugging Face layout)."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -50,10 +59,7 @@ def build(out: Path, *, steps: int = STEPS, log: Callable[[str], None] = print) 
 
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    rng = random.Random(SEED)
-    tokenizer = build_tokenizer([], tags=TAGS, vocabulary=VOCABULARY)  # for its template
-    words = [render(tokenizer, shown) for step in range(300) for shown in lessons(step, rng)]
-    tokenizer = build_tokenizer(words, tags=TAGS, vocabulary=VOCABULARY)
+    tokenizer = training_tokenizer()
     model = build_model(tokenizer)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     warm_start(model, tokenizer, lessons, steps=steps, log=log)

@@ -23,8 +23,8 @@ Item = TypeVar("Item")
 
 # (right reading, favoured wrong one) of a wording; the others share the rest. The first wording is clear, and
 # every third one after it; of the calculator's every other one, since both of its steps must be right.
-CLEAR = (0.6, 0.3)
-MIXED_UP = (0.42, 0.5)
+CLEAR = (0.75, 0.2)
+MIXED_UP = (0.33, 0.62)
 RIGHT_COLUMN = 0.9
 RIGHT_SIGN = 0.75
 CHECKER_APPROVES_RIGHT = 0.85

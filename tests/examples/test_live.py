@@ -1,0 +1,88 @@
+"""Live traffic: users, their late thumbs, and the report on what they got."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from examples.environment import agents_python
+from examples.live.report import by_version, line_of, save, versions_by_response
+from examples.live.run import SERVICE
+from examples.live.users import Agent, Answered, Crowd, Habits
+from tests.conftest import ProxyThread
+from tests.engine import EngineThread, FakeEngine, Model, Script
+
+HURRIED = Habits(
+    users=4, pause_s=0.05, rate=0.5, delay_s=(0.1, 0.4), mistaken=0.5, correct_after_s=(0.05, 0.1)
+)
+
+
+def _answers(version: int, right: int, wrong: int) -> list[tuple[Answered, int]]:
+    made = [True] * right + [False] * wrong
+    return [(Answered(0.0, f"{version}/{i}", is_right), version) for i, is_right in enumerate(made)]
+
+
+def test_each_version_is_compared_with_the_first(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    said = [*_answers(0, 20, 80), *_answers(2, 45, 55)]
+    rows = by_version([a for a, _ in said], {a.response_id: version for a, version in said})
+    first, last = rows
+    assert (first.version, first.answers, first.right) == (0, 100, 20)
+    # Wilson's interval of 20 of 100, Newcombe's of the difference to 45 of 100: worked out by hand.
+    assert (first.success.low, first.success.high) == pytest.approx((0.1334, 0.2888), abs=1e-4)
+    assert last.gain.value == pytest.approx(0.25)
+    assert last.gain.low is not None
+    assert 0.1 < last.gain.low < 0.25
+    assert "45 of  100 right" in line_of(last)
+    save(tmp_path, rows, {"seed": 1}, "a title")
+    saved = json.loads((tmp_path / "live.json").read_text())
+    assert [row["version"] for row in saved["versions"]] == [0, 2]
+    assert (tmp_path / "live.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def engine() -> Iterator[EngineThread]:
+    """A fake vLLM that calculates the same sum each time."""
+    thread = EngineThread(FakeEngine(name="policy", model=Model(bytes_per_token=4)))
+    yield thread
+    thread.stop()
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    """Takes a minute where it is not made yet. Of the session, so that pip finds its proxy variables."""
+    return agents_python()
+
+
+@pytest.mark.clients
+@pytest.mark.timeout(300)
+def test_users_without_ids_are_told_apart_and_their_thumbs_arrive(
+    proxy: ProxyThread, engine: EngineThread, python: str, tmp_path: Path
+) -> None:
+    engine.script(Script(text="42"), times=100_000)
+
+    async def use() -> Crowd:
+        env = {"OPENAI_BASE_URL": proxy.base_url, "OPENAI_API_KEY": "any", "PATH": os.environ["PATH"]}
+        with (tmp_path / "agent.log").open("wb") as log:
+            async with await Agent.start([python, str(SERVICE)], env, log) as agent:
+                crowd = Crowd(agent, proxy.url, HURRIED, seed=1)
+                await crowd.work(6.0, lambda crowd: None)
+        return crowd
+
+    crowd = asyncio.run(use())
+    assert crowd.failed == 0, (tmp_path / "agent.log").read_text()
+    assert crowd.thumbs > 10
+    assert 0 < crowd.corrected < crowd.thumbs
+    with proxy.store() as store:
+        rollouts = store.list_rollouts(limit=10_000)
+        assert len(rollouts) == len(crowd.answered)  # one conversation each
+        entries = [entry for r in rollouts for entry in store.list_rewards(r.rollout.rollout_id)]
+    assert len(entries) == crowd.thumbs + crowd.corrected
+    assert {entry.value for entry in entries} <= {1.0, -1.0}
+    known = versions_by_response(proxy.db)
+    assert all(answered.response_id in known for answered in crowd.answered)
