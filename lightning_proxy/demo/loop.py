@@ -197,6 +197,8 @@ class Turn:
         self._children = children
         self._seed = seed
         self._reports = Reports(workdir / "train.log")
+        # The guard may well stop a control.
+        self._failures = ("rejected", "staged_only", *(() if shuffle else ("guarded",)))
 
     def take(self, number: int, result: DemoResult) -> None:
         """Sample, reward, train and swap; measure held-out success now and then."""
@@ -283,7 +285,7 @@ class Turn:
             while time.monotonic() < deadline:
                 self._children.check()
                 for report in self._reports.new():
-                    if report["outcome"] in ("rejected", "staged_only", "guarded"):
+                    if report["outcome"] in self._failures:
                         raise DemoFailed(f"no new version took over: {report['message']}", self._reports.path)
                     if report["run_id"] is not None:
                         return report

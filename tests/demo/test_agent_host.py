@@ -78,3 +78,25 @@ def test_a_host_that_is_gone_is_an_error_and_no_hang(host: AgentHost) -> None:
     host.process.wait()
     with pytest.raises(AgentHostDied):
         _run(host, _job("a", "say"))
+
+
+def test_what_the_first_run_imports_the_host_imports_but_for_what_lies_beside_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script's own modules may read its environment: each run imports them anew."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    for folder, name in ((packages, "framework"), (tmp_path, "beside")):
+        (folder / f"{name}.py").write_text("import os\nPID = os.getpid()\n")
+    script = tmp_path / "script.py"
+    script.write_text("import beside, framework, os\nprint(os.getpid(), beside.PID, framework.PID)\n")
+    with (
+        (tmp_path / "log").open("wb") as log,
+        AgentHost(log=log, no_certificates=tmp_path / "none", script=script, concurrency=3) as host,
+    ):
+        said = _run(host, *(_job(str(number)) for number in range(4)))
+        pids = [[int(pid) for pid in said[str(number)][1].split()] for number in range(4)]
+    assert all(own == beside for own, beside, _ in pids)
+    assert len({own for own, _, _ in pids}) == 4
+    assert [framework for _, _, framework in pids] == [pids[0][0], *[host.process.pid] * 3]

@@ -91,3 +91,15 @@ def test_the_grader_imports_the_standard_library_alone() -> None:
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {module.partition(".")[0] for module in modules} <= sys.stdlib_module_names
+
+
+def test_a_task_may_tell_its_answer_and_a_shuffle_keeps_the_rewards_and_forgets_whose_they_are() -> None:
+    tasks = [{"task_id": "a", "answer": "red"}, {"task_id": "b", "answer": "7"}]
+    results = [{"rollout_id": f"r-{n}", "task_id": "ab"[n % 2], "answer": "red"} for n in range(40)]
+    plain, shuffled, again = (grade.rewards_for(tasks, results, shuffle) for shuffle in (None, "0/1", "0/1"))
+    values = [reward["value"] for reward in plain]
+    assert values == [1.0, 0.0] * 20
+    assert [reward["value"] for reward in shuffled] != values
+    assert sum(reward["value"] for reward in shuffled) == 20
+    assert shuffled == again
+    assert {reward["source"] for reward in shuffled} == {"shuffled"}
