@@ -7,15 +7,14 @@ NAME-SEED-shuffled.json; writes the pictures in ``docs/``, and the tables into `
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from examples.experiment import NAMES
+from lightning_proxy.demo.curve import headless_pyplot
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -83,7 +82,7 @@ def _interval(estimate: Mapping[str, float], sign: str = "") -> str:
 
 def draw_experiments(path: Path, names: Sequence[str] = NAMES, folder: Path = RESULTS) -> None:
     """Every seed's held-out success, the seeds' mean of sampled success, and the control."""
-    pyplot = _pyplot()
+    pyplot = headless_pyplot()
     figure, panels = pyplot.subplots(
         1, len(names), figsize=(5 * len(names), 4), layout="constrained", sharey=True
     )
@@ -114,11 +113,11 @@ def _spread(axes: Any, runs: Sequence[Run]) -> None:
     axes.plot(steps, [fmean(c) for c in columns], color="C7", label="sampled while training, mean and range")
 
 
-def draw_live(path: Path, folder: Path = RESULTS) -> None:
-    """Right answers by policy version, with their intervals, every seed."""
-    pyplot = _pyplot()
+def draw_live(path: Path, runs: Sequence[Run]) -> None:
+    """Right answers by policy version, with their intervals, every run."""
+    pyplot = headless_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for run in runs_of("live", folder=folder):
+    for run in runs:
         rows = run["versions"]
         rates = [row["success"]["value"] for row in rows]
         below = [row["success"]["value"] - row["success"]["low"] for row in rows]
@@ -134,16 +133,6 @@ def draw_live(path: Path, folder: Path = RESULTS) -> None:
     pyplot.close(figure)
 
 
-def _pyplot() -> Any:
-    os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp(prefix="matplotlib-"))
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def write_page(page: Path = PAGE) -> None:
     """Puts the tables between their marks."""
     text = page.read_text(encoding="utf-8")
@@ -157,7 +146,7 @@ def write_page(page: Path = PAGE) -> None:
 def main() -> None:
     """Pictures and tables."""
     draw_experiments(PAGE.with_suffix(".png"))
-    draw_live(PAGE.with_name("live-traffic.png"))
+    draw_live(PAGE.with_name("live-traffic.png"), runs_of("live"))
     write_page()
 
 

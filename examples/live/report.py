@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.live.users import Answered
+from examples.report import draw_live
 from lightning_proxy.store import Store
 from lightning_proxy.store.intervals import Estimate, Returns, Sample, difference_of, mean_of
 
@@ -74,21 +74,8 @@ def _text(estimate: Estimate) -> str:
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
-def save(workdir: Path, rows: Sequence[VersionReport], facts: Mapping[str, Any], title: str) -> None:
-    """live.json and live.png."""
+def save(workdir: Path, rows: Sequence[VersionReport], facts: Mapping[str, Any]) -> None:
+    """live.json and live.png; ``facts`` says what else there is to know of the run."""
     whole = {**facts, "versions": [asdict(row) for row in rows]}
     (workdir / "live.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    os.environ.setdefault("MPLCONFIGDIR", str(workdir / "matplotlib"))
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    rates = [row.success.value for row in rows]
-    below = [row.success.value - (row.success.low or 0.0) for row in rows]
-    above = [(row.success.high or 1.0) - row.success.value for row in rows]
-    axes.errorbar([row.version for row in rows], rates, yerr=[below, above], marker="o", capsize=3)
-    axes.set(xlabel="policy version", ylabel="right answers, 95% interval", ylim=(0, 1.03), title=title)
-    figure.savefig(workdir / "live.png", dpi=120)
-    pyplot.close(figure)
+    draw_live(workdir / "live.png", [whole])

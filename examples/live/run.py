@@ -37,6 +37,7 @@ from lightning_proxy.demo.sample import ProxyApi
 SERVICE = Path(__file__).parents[1] / "calculator" / "service.py"
 MINUTES = 12.0
 TRAIN_EVERY_S = 40.0
+LAST_S = 75.0  # of traffic, in which no further pass begins: the last version shall be seen at work
 
 LIVE = Experiment(
     title="live traffic",
@@ -66,12 +67,7 @@ def run(workdir: Path, *, seed: int, minutes: float, habits: Habits) -> float:
         "thumbs": crowd.thumbs,
         "corrected": crowd.corrected,
     }
-    save(
-        workdir,
-        rows,
-        facts,
-        f"live traffic, seed {seed}: {len(crowd.answered)} answers, {crowd.thumbs} thumbs",
-    )
+    save(workdir, rows, facts)
     print("\n".join(line_of(row) for row in rows))
     return rows[-1].gain.low or 0.0
 
@@ -97,7 +93,7 @@ async def traffic(workdir: Path, url: str, seed: int, minutes: float, habits: Ha
     with (workdir / "agent.log").open("wb") as log:
         async with await Agent.start([agents_python(), str(SERVICE)], env, log) as agent:
             crowd = Crowd(agent, url, habits, seed)
-            schedule = asyncio.ensure_future(train_on_schedule(workdir))
+            schedule = asyncio.ensure_future(train_on_schedule(workdir, began + minutes * 60 - LAST_S))
             try:
                 await crowd.work(minutes * 60, lambda crowd: tell(crowd, began))
             finally:
@@ -106,10 +102,10 @@ async def traffic(workdir: Path, url: str, seed: int, minutes: float, habits: Ha
     return crowd
 
 
-async def train_on_schedule(workdir: Path) -> None:
+async def train_on_schedule(workdir: Path, until: float) -> None:
     """What cron would do: a pass each so many seconds, the next one only when the last has ended."""
     with (workdir / "train.log").open("wb") as log:
-        while True:
+        while time.monotonic() < until:
             due = time.monotonic() + TRAIN_EVERY_S
             process = await asyncio.create_subprocess_exec(
                 *command_of("train", workdir), stdout=log, stderr=log, env=clean_environment()

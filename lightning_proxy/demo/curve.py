@@ -77,12 +77,7 @@ def save_curve(workdir: Path, result: DemoResult) -> None:
     """curve.json, with the seconds of every phase, and curve.png."""
     whole = asdict(result) | {"reached": result.reached}
     (workdir / "curve.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    os.environ.setdefault("MPLCONFIGDIR", str(workdir / "matplotlib"))
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless_pyplot(workdir / "matplotlib")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([turn.reward for turn in result.iterations], marker="o", label="sampled while training")
     measured = [(0, result.initial)]  # before the first update
@@ -97,3 +92,15 @@ def save_curve(workdir: Path, result: DemoResult) -> None:
     axes.legend()
     figure.savefig(workdir / "curve.png", dpi=120)
     pyplot.close(figure)
+
+
+def headless_pyplot(cache: Path | None = None) -> Any:
+    """matplotlib's, drawing into files; ``cache`` is where it may keep its own."""
+    if cache is not None:
+        os.environ.setdefault("MPLCONFIGDIR", str(cache))
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -39,7 +39,7 @@ def test_each_version_is_compared_with_the_first(tmp_path: Path) -> None:
     assert last.gain.low is not None
     assert 0.1 < last.gain.low < 0.25
     assert "45 of  100 right" in line_of(last)
-    save(tmp_path, rows, {"seed": 1}, "a title")
+    save(tmp_path, rows, {"seed": 1})
     saved = json.loads((tmp_path / "live.json").read_text())
     assert [row["version"] for row in saved["versions"]] == [0, 2]
     assert (tmp_path / "live.png").read_bytes().startswith(b"\x89PNG")
