@@ -1,4 +1,4 @@
-"""verl on a CPU: a platform and an engine for it, registered at verl's own extension points.
+"""verl on a CPU: a platform for it, registered at verl's own extension point.
 
 Importing this module is enough, and it must come before any other import of verl: verl asks for the
 platform while its modules load.
@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 # `import verl` runs before anything can be registered, and would look for accelerators with
 # external commands. With the name set it asks for this platform, at its first use, further down.
@@ -127,34 +126,3 @@ class CpuPlatform(PlatformBase):  # type: ignore[misc]
 
 if os.environ.get("VERL_PLATFORM") == "cpu":
     set_platform(CpuPlatform())
-
-# The engines ask for the platform while they load.
-from verl.utils import tensordict_utils as tu  # noqa: E402
-from verl.utils.torch_functional import entropy_from_logits  # noqa: E402
-from verl.workers.engine import EngineRegistry  # noqa: E402
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
-
-
-@EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")
-class CpuEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
-    """verl's FSDP2 engine: nothing in it needs an accelerator."""
-
-    def prepare_model_outputs(
-        self, output: Any, output_args: dict[str, Any], micro_batch: Any, logits_processor_func: object
-    ) -> dict[str, torch.Tensor]:
-        """Logprobs of the rows' tokens, and the entropy where it is asked for: all that we ask for.
-
-        Without flash-attention verl's own takes one autograd node per token: half of an update's time.
-        """
-        offsets = micro_batch["input_ids"].offsets()
-        lengths = offsets.diff().tolist()
-        logits = torch.cat([row[:length] for row, length in zip(output.logits, lengths, strict=True)])
-        logits = logits.float()
-        values = {
-            "log_probs": -functional.cross_entropy(
-                logits, output_args["input_ids_rmpad_rolled"], reduction="none"
-            )
-        }
-        if tu.get_non_tensor_data(micro_batch, "calculate_entropy", default=False):
-            values["entropy"] = entropy_from_logits(logits)
-        return {name: torch.nested.nested_tensor_from_jagged(of, offsets) for name, of in values.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -113,6 +113,22 @@ def _check_policy_loss(name: str) -> None:
         raise TrainingError(f"[train] policy_loss = {name!r}: verl has {names}")
 
 
+def workers_per_node(count: int, room: Sequence[int], kind: str) -> list[int]:
+    """As few nodes of the cluster as hold the workers, the same number on each: verl wants that.
+
+    ``room``: how many each node could hold, one per ``kind`` (GPU, CPU). ``TrainingError`` where it
+    cannot be done.
+    """
+    largest_first = sorted(room, reverse=True)
+    for nodes, smallest in enumerate(largest_first, start=1):
+        if count % nodes == 0 and smallest >= count // nodes:
+            return [count // nodes] * nodes
+    raise TrainingError(
+        f"[train] workers = {count} cannot be spread evenly over Ray's nodes, which have {largest_first} "
+        f"{kind}s"
+    )
+
+
 class _InProcess:
     """One worker, here."""
 
@@ -140,15 +156,18 @@ class _OnRay:
 
         self._started = not ray.is_initialized()
         if self._started:
+            joins = "RAY_ADDRESS" in os.environ  # a cluster that runs already: its resources are its own
             ray.init(
-                num_cpus=None if config.device == "cuda" else count,
+                num_cpus=None if joins or config.device == "cuda" else count,
                 include_dashboard=False,
                 log_to_driver=False,  # from a thread, past stdout_to_stderr
                 logging_level="warning",
             )
+        kind = "GPU" if config.device == "cuda" else "CPU"
+        room = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
         # Each worker of a pool reserves max_colocate_count CPUs, 10 by default.
         pool = RayResourcePool(
-            process_on_nodes=[count], use_gpu=config.device == "cuda", max_colocate_count=1
+            process_on_nodes=workers_per_node(count, room, kind), use_gpu=kind == "GPU", max_colocate_count=1
         )
         self._group = RayWorkerGroup(
             resource_pool=pool,

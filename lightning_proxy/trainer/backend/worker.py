@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning_proxy.trainer.backend.cpu_platform  # noqa: F401  isort: skip  must precede verl
+import lightning_proxy.trainer.backend.engine  # noqa: F401  isort: skip  registers; must precede verl
 
 import numpy as np
 import torch
@@ -136,22 +136,23 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def export(self, directory: str, base: str) -> None:
         """See ``Backend.export``."""
-        weights = dict(
-            self._merged_weights() if self.own.lora_rank else self.engine.get_per_tensor_param()[0]
-        )
+        layout = read_layout(Path(base))
+        dtypes = {name: info.dtype for tensors in layout.values() for name, info in tensors.items()}
+        weights = {}
+        source = self._merged_weights() if self.own.lora_rank else self.engine.get_per_tensor_param()[0]
+        for name, weight in source:  # all gather each, the first worker keeps it, on the CPU
+            if self.rank == 0 and name in dtypes:
+                weights[name] = weight.detach().to(_TORCH_DTYPES[dtypes[name]]).cpu()
         if self.rank == 0:
-            for file, tensors in read_layout(Path(base)).items():
-                _save(
-                    {name: weights[name].to(_TORCH_DTYPES[info.dtype]) for name, info in tensors.items()},
-                    Path(directory, file),
-                )
+            for file, tensors in layout.items():
+                _save({name: weights.pop(name) for name in tensors}, Path(directory, file))
         dist.barrier()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def export_adapter(self, directory: str, base: str) -> None:
         """See ``Backend.export_adapter``."""
         adapter = {
-            name.replace(".default.", "."): _whole(value)
+            name.replace(".default.", "."): _gathered(value).cpu()
             for name, value in self.engine.module.state_dict().items()
             if ".lora_" in name
         }
@@ -238,20 +239,21 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
 
         verl's own merge rounds to bfloat16.
         """
-        whole = {name.removeprefix("base_model.model."): _whole(value) for name, value in self._state()}
+        state = {
+            name.removeprefix("base_model.model."): value
+            for name, value in self.engine.module.state_dict().items()
+        }
         scale = self.own.lora_alpha / self.own.lora_rank
-        for name, weight in whole.items():
+        for name, value in state.items():
             if ".lora_" in name:
                 continue
             plain = name.replace(".base_layer.", ".")
             module = plain.removesuffix(".weight")
-            if f"{module}.lora_A.default.weight" in whole:
-                down, up = (whole[f"{module}.lora_{side}.default.weight"] for side in "AB")
-                weight = weight + scale * (up.float() @ down.float())
+            weight = _gathered(value)
+            if f"{module}.lora_A.default.weight" in state:
+                down, up = (_gathered(state[f"{module}.lora_{side}.default.weight"]) for side in "AB")
+                weight = weight.float() + scale * (up.float() @ down.float())
             yield plain, weight
-
-    def _state(self) -> Iterator[tuple[str, Any]]:
-        yield from self.engine.module.state_dict().items()
 
 
 def policy_loss(
@@ -368,8 +370,8 @@ def _jagged(parts: list[Any], dtype: torch.dtype) -> torch.Tensor:
     return torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+def _gathered(value: torch.Tensor) -> torch.Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:

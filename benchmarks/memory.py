@@ -1,0 +1,173 @@
+"""How a GPU's memory is split between vLLM and the update: counted from a model's shape.
+
+    python -m benchmarks.memory Qwen/Qwen3-8B --lora-rank 32 --micro-batch-tokens 8192 --utilization 0.4
+
+Weights, gradients, optimiser and KV cache are exact. Activations and vLLM's own needs are estimates, made to
+lie above what was measured (docs/full-size.md); a run that comes out close to the card's size needs a try.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+GIB = 1 << 30
+CARD_GIB = 79.1  # what is left to programs of a card sold as 80 GB
+SPARE_GIB = 4.0  # CUDA's own, and what the allocator cannot use, of two processes on one card
+_ENGINE_OVERHEAD_GIB = 3.0  # vLLM's activations, CUDA graphs and workspace, at up to 8192 batched tokens
+_PIECE_GIB = 1.0  # logits that go through a softmax at once, in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Values of a model's config.json, by the names that they have there."""
+
+    model_type: str  # qwen2, qwen3, llama
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+    @property
+    def projections(self) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of each linear map of one layer: q, k, v, o, gate, up, down."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return (
+            (hidden, q),
+            (hidden, kv),
+            (hidden, kv),
+            (q, hidden),
+            (hidden, inner),
+            (hidden, inner),
+            (inner, hidden),
+        )
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer: its linear maps and norms, Qwen2's biases of q, k, v, Qwen3's norms of q, k."""
+        q, k, v = (outputs for _, outputs in self.projections[:3])
+        extra = {"qwen2": q + k + v, "qwen3": 2 * self.head_dim}.get(self.model_type, 0)
+        return sum(inputs * outputs for inputs, outputs in self.projections) + 2 * self.hidden_size + extra
+
+    @property
+    def outer_parameters(self) -> int:
+        """Embeddings, output head where it has weights of its own, and the last norm."""
+        matrices = 1 if self.tie_word_embeddings else 2
+        return matrices * self.vocab_size * self.hidden_size + self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All of them; tied ones once."""
+        return self.num_hidden_layers * self.layer_parameters + self.outer_parameters
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Of a LoRA adapter of this rank on every linear map of every layer, as verl makes it."""
+        return self.num_hidden_layers * rank * sum(map(sum, self.projections))
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """KV cache in bfloat16: a key and a value per layer and KV head."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * 2
+
+
+# From the config.json of each repository on huggingface.co.
+SHAPES = {
+    "Qwen/Qwen3-4B-Instruct-2507": Shape("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
+    "Qwen/Qwen3-8B": Shape("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
+    "Qwen/Qwen3-14B": Shape("qwen3", 5120, 17408, 40, 40, 8, 128, 151936, False),
+    "Qwen/Qwen3-32B": Shape("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
+    "Qwen/Qwen2.5-Coder-7B-Instruct": Shape("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
+    "meta-llama/Llama-3.2-3B-Instruct": Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True),
+    "meta-llama/Llama-3.1-8B-Instruct": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
+}
+
+
+def update_gib(shape: Shape, *, lora_rank: int, tokens: int, workers: int = 1) -> dict[str, float]:
+    """Peak of the update on one GPU, in GiB, by what it is for.
+
+    ``tokens``: of the largest micro-batch (``train.micro_batch_tokens``, or one longer row). With LoRA the
+    base is in bfloat16 and frozen; without, weights, gradients and AdamW's two moments are float32, each
+    sharded over the ``workers``.
+    """
+    trained = shape.adapter_parameters(lora_rank) if lora_rank else shape.parameters
+    frozen = shape.parameters if lora_rank else 0
+    outer = 2 * shape.outer_parameters  # gathered in bfloat16 for the whole step
+    layers = 2 * 2 * shape.layer_parameters  # one in use, the next one being gathered
+    reduced = 0 if lora_rank else 6 * max(shape.outer_parameters, 2 * shape.layer_parameters)
+    kept = 2 * shape.num_hidden_layers * shape.hidden_size  # checkpoints: one input per layer, bfloat16
+    inner = 2 * (16 * shape.hidden_size + 6 * shape.intermediate_size)  # one layer, computed again
+    if lora_rank:
+        inner += 4 * (7 * shape.hidden_size)  # inputs of the adapter's maps in float32
+    return {
+        "frozen weights": 2 * frozen / workers / GIB,
+        "trained weights": 4 * trained / workers / GIB,
+        "gradients": 4 * trained / workers / GIB,
+        "optimiser": 8 * trained / workers / GIB,
+        "gathered": (outer + layers + reduced) / GIB,
+        "activations": tokens * (kept + inner) / GIB,
+        "logits": tokens * 3 * 2 * shape.vocab_size / GIB + 3 * _PIECE_GIB,
+    }
+
+
+def engine_gib(shape: Shape, *, utilization: float, gpus: int = 1) -> dict[str, float]:
+    """What vLLM takes of each of its ``gpus`` (tensor parallel), in GiB; what is left over is KV cache."""
+    weights = 2 * shape.parameters / gpus / GIB
+    return {
+        "weights": weights,
+        "overhead": _ENGINE_OVERHEAD_GIB,
+        "KV cache": utilization * CARD_GIB - weights - _ENGINE_OVERHEAD_GIB,
+    }
+
+
+def cache_tokens(shape: Shape, *, utilization: float, gpus: int = 1) -> int:
+    """Tokens that the KV cache holds, over all of vLLM's GPUs."""
+    room = engine_gib(shape, utilization=utilization, gpus=gpus)["KV cache"] * GIB * gpus
+    return int(room / shape.cache_bytes_per_token)
+
+
+def disk_gib(shape: Shape, *, lora_rank: int) -> float:
+    """One version on disk: bfloat16 weights; weights in float32 with moments; with LoRA the base again."""
+    trained = shape.adapter_parameters(lora_rank) if lora_rank else shape.parameters
+    return (2 * shape.parameters + (2 * shape.parameters if lora_rank else 0) + 12 * trained) / GIB
+
+
+def main() -> None:
+    """Print the split of one card."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=sorted(SHAPES))
+    parser.add_argument("--lora-rank", type=int, default=0, help="0: full weights")
+    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--workers", type=int, default=1, help="GPUs of the update")
+    parser.add_argument(
+        "--utilization", type=float, default=0.0, help="of vLLM on the same card; 0: not there"
+    )
+    parser.add_argument("--engine-gpus", type=int, default=1)
+    given = parser.parse_args()
+    shape = SHAPES[given.model]
+    update = update_gib(
+        shape, lora_rank=given.lora_rank, tokens=given.micro_batch_tokens, workers=given.workers
+    )
+    print(f"{given.model}: {shape.parameters / 1e9:.2f} billion parameters")
+    for name, size in update.items():
+        print(f"  update, {name:16} {size:6.1f} GiB")
+    total = sum(update.values())
+    if given.utilization:
+        engine = engine_gib(shape, utilization=given.utilization, gpus=given.engine_gpus)
+        for name, size in engine.items():
+            print(f"  vLLM,   {name:16} {size:6.1f} GiB")
+        tokens = cache_tokens(shape, utilization=given.utilization, gpus=given.engine_gpus)
+        print(f"  the KV cache holds {tokens:,} tokens")
+        total += given.utilization * CARD_GIB
+    print(f"  in all {total:.1f} of {CARD_GIB} GiB, of which {SPARE_GIB:g} should stay free")
+    print(f"  one version on disk: {disk_gib(shape, lora_rank=given.lora_rank):.0f} GiB")
+
+
+if __name__ == "__main__":
+    main()
