@@ -150,7 +150,7 @@ def update_small_models(device: str, directory: Path) -> None:
             model = directory.parent / ("bfloat16" if rank else "float32")
             backend = open_backend(TrainSettings.model_validate(_AGREE | how), model)
             before = backend.logprobs(rows)
-            started = exported(backend, model, directory / "start", rank)
+            started = exported(backend, model, directory / f"start-{dtype}-{rank}", rank)
             fresh = rows.with_logprobs(before)
             norms = [backend.update(fresh)["grad_norm"] for _ in range(_UPDATES)]
             moved = exported(backend, model, directory / f"{dtype}-{rank}", rank) - started

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory Qwen/Qwen3-8B --lora-rank 32 --micro-batch-tokens 8192 --utilization 0.4
 
-Weights, gradients, optimiser and KV cache are exact. Activations and vLLM's own needs are estimates, made to
-lie above what was measured (docs/full-size.md); a run that comes out close to the card's size needs a try.
+Weights, gradients, optimiser and KV cache are exact. What the update gathers, its activations and vLLM's own
+needs are estimates, made to lie above what was measured (docs/full-size.md).
 """
 
 from __future__ import annotations
@@ -98,20 +98,27 @@ def update_gib(shape: Shape, *, lora_rank: int, tokens: int, workers: int = 1) -
     frozen = shape.parameters if lora_rank else 0
     outer = 2 * shape.outer_parameters  # gathered in bfloat16 for the whole step
     layers = 2 * 2 * shape.layer_parameters  # one in use, the next one being gathered
-    reduced = 0 if lora_rank else 6 * max(shape.outer_parameters, 2 * shape.layer_parameters)
-    kept = 2 * shape.num_hidden_layers * shape.hidden_size  # checkpoints: one input per layer, bfloat16
-    inner = 2 * (16 * shape.hidden_size + 6 * shape.intermediate_size)  # one layer, computed again
-    if lora_rank:
-        inner += 4 * (7 * shape.hidden_size)  # inputs of the adapter's maps in float32
+    # Gradients of embeddings and head before they are sharded, in bfloat16 and float32.
+    reduced = 0 if lora_rank else 12 * shape.vocab_size * shape.hidden_size
+    inputs = 2 * shape.num_hidden_layers * shape.hidden_size  # of each layer, bfloat16
+    layer = 2 * (16 * shape.hidden_size + 6 * shape.intermediate_size)
+    logits = 2 * 2 * shape.vocab_size  # and their gradient, bfloat16
     return {
         "frozen weights": 2 * frozen / workers / GIB,
         "trained weights": 4 * trained / workers / GIB,
         "gradients": 4 * trained / workers / GIB,
         "optimiser": 8 * trained / workers / GIB,
         "gathered": (outer + layers + reduced) / GIB,
-        "activations": tokens * (kept + inner) / GIB,
-        "logits": tokens * 3 * 2 * shape.vocab_size / GIB + 3 * _PIECE_GIB,
+        "layers' inputs": tokens * inputs / GIB,
+        # Not at the same time: the head's forward and backward pass, a layer computed again for its own.
+        "logits or layer": max(tokens * logits / GIB + 2 * _PIECE_GIB, tokens * layer / GIB),
     }
+
+
+def load_gib(shape: Shape, *, lora_rank: int, workers: int = 1) -> float:
+    """Peak on one GPU while the trainer's state is loaded: weights and moments are there twice, in GiB."""
+    trained = shape.adapter_parameters(lora_rank) if lora_rank else shape.parameters
+    return 2 * ((2 * shape.parameters if lora_rank else 0) + 12 * trained) / workers / GIB
 
 
 def engine_gib(shape: Shape, *, utilization: float, gpus: int = 1) -> dict[str, float]:
@@ -157,7 +164,9 @@ def main() -> None:
     print(f"{given.model}: {shape.parameters / 1e9:.2f} billion parameters")
     for name, size in update.items():
         print(f"  update, {name:16} {size:6.1f} GiB")
-    total = sum(update.values())
+    load = load_gib(shape, lora_rank=given.lora_rank, workers=given.workers)
+    print(f"  update {sum(update.values()):.1f} GiB; loading the state {load:.1f} GiB")
+    total = max(sum(update.values()), load)
     if given.utilization:
         engine = engine_gib(shape, utilization=given.utilization, gpus=given.engine_gpus)
         for name, size in engine.items():

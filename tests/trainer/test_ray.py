@@ -60,3 +60,28 @@ def assert_workers_agree(tiny_model: Path, tmp_path: Path, algorithm: str) -> No
     np.testing.assert_allclose(logprobs[2][1], logprobs[1][1], atol=1e-3)
     for two, one in zip(metrics[2], metrics[1], strict=True):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.timeout(900)
+def test_workers_join_a_cluster_that_runs_already_and_spread_over_its_nodes(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        backend = open_backend(recipe(workers=2), tiny_model)
+        try:
+            busy = [node for node in ray.nodes() if node["Alive"]]
+            assert sorted(node["Resources"].get("CPU", 0) for node in busy) == [1, 1]
+            assert ray.available_resources().get("CPU", 0) == 0  # one worker on each
+            assert np.isfinite(backend.update(odd_rows())["grad_norm"])
+            backend.export(tmp_path, tiny_model)
+            assert read_layout(tmp_path).keys() == read_layout(tiny_model).keys()
+        finally:
+            backend.close()
+    finally:
+        cluster.shutdown()

@@ -1,0 +1,134 @@
+"""What the update engine does otherwise than verl's: the base of an adapter in bfloat16, softmax in pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_proxy.trainer.backend import open_backend
+from lightning_proxy.trainer.checkpoint import read_layout
+from tests.trainer.conftest import recipe
+from tests.trainer.gradients import worker_of
+from tests.trainer.rows import random_rows
+from tests.trainer.tiny_model import write_tiny_model
+
+pytestmark = [pytest.mark.train, pytest.mark.filterwarnings("ignore")]  # verl and torch warn about themselves
+
+LORA = {"lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def bfloat16_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("bfloat16"), dtype="bfloat16")
+
+
+def test_frozen_weights_stay_in_bfloat16_where_they_are_stored_so_and_the_adapter_does_not(
+    bfloat16_model: Path,
+) -> None:
+    import torch
+
+    backend = open_backend(recipe(**LORA), bfloat16_model)
+    module = worker_of(backend).engine.module
+    kinds = {(parameter.requires_grad, parameter.dtype) for parameter in module.parameters()}
+    assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
+    assert {buffer.dtype for buffer in module.buffers()} == {torch.float32}  # the rotary frequencies
+    backend.close()
+
+
+def test_weights_stored_in_float32_stay_so(tiny_model: Path) -> None:
+    import torch
+
+    backend = open_backend(recipe(**LORA), tiny_model)
+    assert {p.dtype for p in worker_of(backend).engine.module.parameters()} == {torch.float32}
+    backend.close()
+
+
+def test_an_adapter_on_a_bfloat16_base_learns_as_on_the_same_base_in_float32(
+    bfloat16_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_proxy.trainer.backend import engine
+
+    rows = random_rows([9, 14, 5])
+    found = []
+    for in_bfloat16 in (True, False):
+        monkeypatch.setattr(engine, "stored_in_bfloat16", lambda model, answer=in_bfloat16: answer)
+        backend = open_backend(recipe(**LORA), bfloat16_model)
+        before = backend.logprobs(rows)
+        norms = [backend.update(rows)["grad_norm"] for _ in range(3)]
+        found.append((before, norms, backend.logprobs(rows)))
+        weights = tmp_path / str(in_bfloat16)
+        weights.mkdir()
+        backend.export(weights, bfloat16_model)
+        kept = {info.dtype for file in read_layout(weights).values() for info in file.values()}
+        assert kept == {"BF16"}
+        backend.close()
+    for half, whole in zip(*found, strict=True):
+        np.testing.assert_allclose(half, whole, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(found[0][0], found[0][2], atol=1e-2)
+
+
+def test_a_state_with_a_bfloat16_base_goes_on_where_it_was(bfloat16_model: Path, tmp_path: Path) -> None:
+    rows = random_rows([9, 14, 5])
+    first = open_backend(recipe(**LORA), bfloat16_model)
+    first.update(rows)
+    first.save_state(tmp_path)
+    expected = first.update(rows), first.logprobs(rows)
+    first.close()
+    second = open_backend(recipe(**LORA), bfloat16_model)
+    second.load_state(tmp_path)
+    assert second.update(rows) == pytest.approx(expected[0], rel=1e-5, abs=1e-7)
+    np.testing.assert_allclose(second.logprobs(rows), expected[1], atol=1e-6)
+    second.close()
+
+
+def test_softmax_in_pieces_gives_the_values_and_gradients_of_softmax_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from lightning_proxy.trainer.backend import engine
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(23, 11, generator=generator)
+    labels = torch.randint(0, 11, (23,), generator=generator)
+    results = []
+    for at_once in (1 << 28, 5 * 11, 1):  # all, five tokens, one
+        monkeypatch.setattr(engine, "_AT_ONCE", at_once)
+        given = logits.clone().requires_grad_()
+        logprobs = engine.piecewise(engine._logprobs, given, labels)
+        entropy = engine.piecewise(engine._entropy, given)
+        (logprobs.sin() + entropy.cos()).sum().backward()
+        results.append([logprobs.detach(), entropy.detach(), given.grad])
+    expected = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    torch.testing.assert_close(results[0][0], expected)
+    for pieces in results[1:]:
+        torch.testing.assert_close(pieces, results[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "room", "expected"),
+    [
+        (4, [8, 4], [4]),
+        (8, [0, 8], [8]),  # the head node lends its GPUs to vLLM
+        (16, [8, 0, 8], [8, 8]),
+        (12, [8, 8], [6, 6]),
+        (6, [2, 2, 2], [2, 2, 2]),
+    ],
+)
+def test_workers_go_to_as_few_nodes_as_hold_them_the_same_number_on_each(
+    count: int, room: list[int], expected: list[int]
+) -> None:
+    from lightning_proxy.trainer.backend.verl_backend import workers_per_node
+
+    assert workers_per_node(count, room, "GPU") == expected
+
+
+@pytest.mark.parametrize(("count", "room"), [(16, [8]), (9, [8, 8]), (4, []), (10, [8, 2])])
+def test_more_workers_than_the_nodes_hold_evenly_are_refused(count: int, room: list[int]) -> None:
+    from lightning_proxy.errors import TrainingError
+    from lightning_proxy.trainer.backend.verl_backend import workers_per_node
+
+    with pytest.raises(TrainingError, match=rf"workers = {count} cannot be spread evenly .* GPUs"):
+        workers_per_node(count, room, "GPU")
