@@ -1,6 +1,6 @@
 """How a GPU's memory is split between vLLM and the update: counted from a model's shape.
 
-    python -m benchmarks.memory Qwen/Qwen3-8B --lora-rank 32 --micro-batch-tokens 8192 --utilization 0.4
+    python -m benchmarks.memory Qwen/Qwen3-8B --lora-rank 32 --micro-batch-tokens 8192 --utilization 0.5
 
 Weights, gradients, optimiser and KV cache are exact. What the update gathers, its activations and vLLM's own
 needs are estimates, made to lie above what was measured (docs/full-size.md).
@@ -9,6 +9,8 @@ needs are estimates, made to lie above what was measured (docs/full-size.md).
 from __future__ import annotations
 
 import argparse
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 GIB = 1 << 30
@@ -143,8 +145,32 @@ def disk_gib(shape: Shape, *, lora_rank: int) -> float:
     return (2 * shape.parameters + (2 * shape.parameters if lora_rank else 0) + 12 * trained) / GIB
 
 
-def main() -> None:
-    """Print the split of one card."""
+def split(given: argparse.Namespace) -> list[str]:
+    """The split in words, as the files of examples/full_size have it."""
+    shape = SHAPES[given.model]
+    rank, workers = given.lora_rank, given.workers
+    update = update_gib(shape, lora_rank=rank, tokens=given.micro_batch_tokens, workers=workers)
+    load = load_gib(shape, lora_rank=rank, workers=workers)
+    engine = engine_gib(shape, utilization=given.utilization, gpus=given.engine_gpus)
+    cached = cache_tokens(shape, utilization=given.utilization, gpus=given.engine_gpus)
+    most = max(sum(update.values()), load) + (0 if given.apart else sum(engine.values()))
+    lines = [
+        f"{given.model}, {shape.parameters / 1e9:.2f} billion parameters; GiB per GPU, of {CARD_GIB}:",
+        f"  vLLM    {sum(engine.values()):5.1f}  {_listed(engine)} ({cached:,} tokens)",
+        f"  update  {sum(update.values()):5.1f}  {_listed(update)}",
+        f"  loading {load:5.1f}  the trainer's state, before the update",
+        f"  at once {most:5.1f}  at most, {'of the update alone' if given.apart else 'of both'}",
+        f"  disk    {disk_gib(shape, lora_rank=rank):5.0f}  per version",
+    ]
+    return [part for line in lines for part in textwrap.wrap(line, 104, subsequent_indent=" " * 17)]
+
+
+def _listed(sizes: dict[str, float]) -> str:
+    return ", ".join(f"{name} {size:.1f}" for name, size in sizes.items() if size)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the split."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -152,30 +178,10 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=0, help="0: full weights")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--workers", type=int, default=1, help="GPUs of the update")
-    parser.add_argument(
-        "--utilization", type=float, default=0.0, help="of vLLM on the same card; 0: not there"
-    )
-    parser.add_argument("--engine-gpus", type=int, default=1)
-    given = parser.parse_args()
-    shape = SHAPES[given.model]
-    update = update_gib(
-        shape, lora_rank=given.lora_rank, tokens=given.micro_batch_tokens, workers=given.workers
-    )
-    print(f"{given.model}: {shape.parameters / 1e9:.2f} billion parameters")
-    for name, size in update.items():
-        print(f"  update, {name:16} {size:6.1f} GiB")
-    load = load_gib(shape, lora_rank=given.lora_rank, workers=given.workers)
-    print(f"  update {sum(update.values()):.1f} GiB; loading the state {load:.1f} GiB")
-    total = max(sum(update.values()), load)
-    if given.utilization:
-        engine = engine_gib(shape, utilization=given.utilization, gpus=given.engine_gpus)
-        for name, size in engine.items():
-            print(f"  vLLM,   {name:16} {size:6.1f} GiB")
-        tokens = cache_tokens(shape, utilization=given.utilization, gpus=given.engine_gpus)
-        print(f"  the KV cache holds {tokens:,} tokens")
-        total += given.utilization * CARD_GIB
-    print(f"  in all {total:.1f} of {CARD_GIB} GiB, of which {SPARE_GIB:g} should stay free")
-    print(f"  one version on disk: {disk_gib(shape, lora_rank=given.lora_rank):.0f} GiB")
+    parser.add_argument("--utilization", type=float, default=0.9, help="vLLM's --gpu-memory-utilization")
+    parser.add_argument("--engine-gpus", type=int, default=1, help="vLLM's --tensor-parallel-size")
+    parser.add_argument("--apart", action="store_true", help="vLLM and the update are not on the same GPU")
+    print("\n".join(split(parser.parse_args(words))))
 
 
 if __name__ == "__main__":
