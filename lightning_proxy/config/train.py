@@ -166,8 +166,8 @@ class TrainSettings(CreditSettings):
     workers: int = Field(
         default=1,
         ge=1,
-        description="Workers of the update; more than one runs them on Ray, but not with `kl_coef` or DPO's "
-        "reference `base`.",
+        description="Workers of the update; more than one runs them on Ray (the cluster of `RAY_ADDRESS`, "
+        "where that is set), but not with `kl_coef` or DPO's reference `base`.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Precision of the update's forward pass."

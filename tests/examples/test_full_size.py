@@ -40,6 +40,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def load(file: Path) -> Settings:
+    return load_settings(config=file)
+
+
 def flag(settings: Settings, name: str) -> str | None:
     """The value of one of vLLM's flags."""
     args = settings.engine.args
@@ -69,7 +73,7 @@ def test_there_is_one_for_each_experiment_and_setting() -> None:
 
 @each_file
 def test_it_loads_and_its_parts_agree(file: Path) -> None:
-    settings = load_settings(file)
+    settings = load(file)
     train, length = settings.train, flag(settings, "--max-model-len")
     assert str(train.max_row_tokens) == str(train.micro_batch_tokens) == length
     assert settings.policy.model is not None
@@ -90,7 +94,7 @@ def test_its_header_names_itself_and_commands_that_exist(file: Path) -> None:
 def test_the_memory_in_its_header_is_what_its_settings_come_to_and_fits_the_card(file: Path) -> None:
     text = re.sub(r" \\\n# +", " ", file.read_text(encoding="utf-8"))
     [words] = re.findall(r"python -m benchmarks\.memory (.*)", text)
-    settings = load_settings(file)
+    settings = load(file)
     train, apart = settings.train, settings.train.workers > 1
     expected = [model_of(file), *(["--lora-rank", str(train.lora_rank)] if train.lora_rank else [])]
     expected += ["--micro-batch-tokens", str(train.micro_batch_tokens)]
@@ -114,9 +118,26 @@ def test_the_memory_in_its_header_is_what_its_settings_come_to_and_fits_the_card
 
 
 @each_file
+def test_the_documentation_has_the_same_memory(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    found = {
+        word: re.findall(rf"#     {word} +([0-9.]+)", text)[0]
+        for word in ("vLLM", "update", "loading", "at once", "disk")
+    }
+    weights, overhead, cache, tokens = re.findall(
+        r"weights ([0-9.]+), overhead ([0-9.]+), KV cache ([0-9.]+) \(([0-9,]+) tokens\)", text
+    )[0]
+    row = (
+        f"| `{file.stem}` | {found['vLLM']} = {weights} + {overhead} + {cache} ({tokens} tokens) "
+        f"| {found['update']} | {found['loading']} | {found['at once']} | {found['disk']} |"
+    )
+    assert row in (ROOT / "docs" / "full-size.md").read_text(encoding="utf-8")
+
+
+@each_file
 def test_a_dry_run_with_it_shows_what_it_would_train_on(file: Path, tmp_path: Path) -> None:
-    settings, database = load_settings(file), tmp_path / "recorded.db"
-    roles = [role.name for role in settings.roles] or [None]
+    settings, database = load(file), tmp_path / "recorded.db"
+    roles: list[str | None] = [*(role.name for role in settings.roles)] or [None]
     with Store.open(database) as store:
         for number in range(settings.train.min_rollouts):
             store.create_rollout(rollout_id=f"r{number}", task_id=f"task {number // 8}")
@@ -173,7 +194,7 @@ def test_what_is_counted_lies_just_above_what_was_measured(
     shape = memory.SHAPES[model]
     counted = sum(memory.update_gib(shape, lora_rank=rank, tokens=tokens).values())
     assert update <= counted <= 1.1 * update
-    assert memory.load_gib(shape, lora_rank=rank) == pytest.approx(load, abs=0.1)
+    assert memory.load_gib(shape, lora_rank=rank) == pytest.approx(load, abs=0.2)
 
 
 @pytest.mark.train
@@ -202,7 +223,7 @@ def test_verl_takes_what_we_build_of_its_settings(file: Path, tmp_path: Path) ->
     from lightning_proxy.trainer.backend import worker
     from lightning_proxy.trainer.backend.verl_backend import worker_config
 
-    train = load_settings(file).train
+    train = load(file).train
     model = write_config(file, tmp_path / "model")
     config = replace(worker_config(train.model_copy(update={"device": "cpu"}), model), device="cuda")
     built = worker._training_worker_config(config)
@@ -239,7 +260,7 @@ for line in sys.stdin:
 def test_vllm_takes_the_flags_of_each_for_its_model(tmp_path: Path) -> None:
     lines = []
     for file in FILES:
-        settings, model = load_settings(file), write_config(file, tmp_path / file.stem)
+        settings, model = load(file), write_config(file, tmp_path / file.stem)
         command = build_command(settings.engine, settings.policy.name, model, 8000, cpu=False)
         lines.append(json.dumps(command.argv[3:]))
     asked = subprocess.run(
@@ -250,7 +271,7 @@ def test_vllm_takes_the_flags_of_each_for_its_model(tmp_path: Path) -> None:
         json.loads(line.removeprefix("FOUND ")) for line in asked.stdout.splitlines() if line[:5] == "FOUND"
     ]
     for file, found in zip(FILES, answers, strict=True):
-        settings = load_settings(file)
+        settings = load(file)
         assert found == {
             "max_model_len": int(flag(settings, "--max-model-len") or 0),
             "dtype": "torch.bfloat16",

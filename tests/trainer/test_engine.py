@@ -1,4 +1,4 @@
-"""What the update engine does otherwise than verl's: the base of an adapter in bfloat16, softmax in pieces."""
+"""What the update engine does otherwise than verl's: an adapter's base in bfloat16, softmax in pieces."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_softmax_in_pieces_gives_the_values_and_gradients_of_softmax_at_once(
         given = logits.clone().requires_grad_()
         logprobs = engine.piecewise(engine._logprobs, given, labels)
         entropy = engine.piecewise(engine._entropy, given)
-        (logprobs.sin() + entropy.cos()).sum().backward()
+        (logprobs.sin() + entropy.cos()).sum().backward()  # type: ignore[no-untyped-call]
         results.append([logprobs.detach(), entropy.detach(), given.grad])
     expected = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
     torch.testing.assert_close(results[0][0], expected)

@@ -82,7 +82,7 @@ def piecewise(
     rows = max(1, _AT_ONCE // logits.shape[-1])
     if len(logits) <= rows:
         return function(logits, *others)
-    pieces = zip(*(each.split(rows) for each in (logits, *others)), strict=True)
+    pieces = zip(*(torch.split(each, rows) for each in (logits, *others)), strict=True)
     return torch.cat([checkpoint(function, *piece, use_reentrant=False) for piece in pieces])
 
 
