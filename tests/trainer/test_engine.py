@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,15 @@ def test_softmax_in_pieces_gives_the_values_and_gradients_of_softmax_at_once(
     torch.testing.assert_close(results[0][0], expected)
     for pieces in results[1:]:
         torch.testing.assert_close(pieces, results[0])
+
+
+def test_what_compares_a_gpu_with_the_cpu_finds_the_cpu_equal_to_itself() -> None:
+    words = [sys.executable, "-m", "benchmarks.cuda_update", "agree", "--devices", "cpu"]
+    found = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=250)
+    assert found.returncode == 0, found.stderr[-2000:]
+    lines = [line for line in found.stdout.splitlines() if line.startswith("cpu, float32")]
+    assert len(lines) == 2
+    assert all("before 0.0e+00, after 0.0e+00; weights 0.0e+00 of at most" in line for line in lines)
 
 
 @pytest.mark.parametrize(
