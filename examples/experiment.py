@@ -69,6 +69,8 @@ def experiment(name: str) -> Experiment:
         python=agents_python(),
         tables=_SQL_ROLES if name == "sql" else "",
         held_out_tasks=96,
+        stop_at=0.95,
+        stop_at_sampled=0.9,
         stop_after_s=900.0,
     )
 
