@@ -118,9 +118,12 @@ def update_gib(shape: Shape, *, lora_rank: int, tokens: int, workers: int = 1) -
 
 
 def load_gib(shape: Shape, *, lora_rank: int, workers: int = 1) -> float:
-    """Peak on one GPU while the trainer's state is loaded: weights and moments are there twice, in GiB."""
+    """Peak on one GPU while the trainer's state is loaded, in GiB.
+
+    What is trained, and its moments, are there twice; with LoRA the frozen base once.
+    """
     trained = shape.adapter_parameters(lora_rank) if lora_rank else shape.parameters
-    return 2 * ((2 * shape.parameters if lora_rank else 0) + 12 * trained) / workers / GIB
+    return ((2 * shape.parameters if lora_rank else 0) + 2 * 12 * trained) / workers / GIB
 
 
 def engine_gib(shape: Shape, *, utilization: float, gpus: int = 1) -> dict[str, float]:
@@ -140,9 +143,9 @@ def cache_tokens(shape: Shape, *, utilization: float, gpus: int = 1) -> int:
 
 
 def disk_gib(shape: Shape, *, lora_rank: int) -> float:
-    """One version on disk: bfloat16 weights; weights in float32 with moments; with LoRA the base again."""
+    """One version on disk: bfloat16 weights, and what is trained in float32 with its moments."""
     trained = shape.adapter_parameters(lora_rank) if lora_rank else shape.parameters
-    return (2 * shape.parameters + (2 * shape.parameters if lora_rank else 0) + 12 * trained) / GIB
+    return (2 * shape.parameters + 12 * trained) / GIB
 
 
 def split(given: argparse.Namespace) -> list[str]:

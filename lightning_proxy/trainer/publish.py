@@ -49,6 +49,8 @@ class Lineage:
             saved, wanted = getattr(self, name), getattr(settings, name)
             if saved != wanted:
                 return f"it was saved with {name} = {saved}, now it is {wanted}"
+        if settings.lora_rank and not Path(self.base).is_dir():
+            return f"the weights that its adapter belongs to are gone: {self.base}"
         return None
 
 
@@ -146,16 +148,22 @@ def clear_away(
 ) -> list[int]:
     """Delete checkpoints of versions that do not serve, but for the newest ``keep_versions`` and ``keep``.
 
-    Only directories that this trainer wrote, and never one of a version that serves or waits.
+    Only directories that this trainer wrote, and never one of a version that serves or waits, nor one whose
+    weights the LoRA adapter of a version that stays is relative to.
     """
     done = (VersionStatus.RETIRED, VersionStatus.REJECTED)
     old = sorted(
         (each for each in versions if each.status in done and each.version not in keep),
         key=lambda each: -each.version,
     )
+    going = old[settings.keep_versions :]
+    lineages = [read_lineage(each) for each in versions if each not in going]
+    needed = {lineage.base for lineage in lineages if lineage is not None and lineage.lora_rank}
     cleared = []
-    for version in old[settings.keep_versions :]:
+    for version in going:
         directory = version_directory(settings, policy, version.version)
+        if version.path in needed:
+            continue
         if Path(version.path).parent == directory and directory.is_dir():
             shutil.rmtree(directory)
             cleared.append(version.version)

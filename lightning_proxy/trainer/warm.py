@@ -35,10 +35,13 @@ class WarmBackend:
             return self._backend
         self.discard()
         train = settings.train
-        self._backend, self._policy = open_backend(train, Path(parent.path)), parent.policy
         saved = read_lineage(parent)
         misfit = "there is no saved state" if saved is None else saved.misfit(train)
-        if saved is not None and misfit is None:
+        goes_on = saved is not None and misfit is None
+        # With LoRA a state is the adapter's alone: it goes onto the weights that it is relative to.
+        begins_with = saved.base if saved is not None and goes_on and train.lora_rank else parent.path
+        self._backend, self._policy = open_backend(train, Path(begins_with)), parent.policy
+        if saved is not None and goes_on:
             # Moments of another loss's gradients would push the first steps where that one wanted to go.
             same = saved.algorithm == train.algorithm
             self._backend.load_state(state_directory(parent), optimizer=same)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,27 @@ def test_a_proxy_that_is_not_there_is_a_publish_failure(db: Path) -> None:
         url = proxy.url
     with pytest.raises(PublishFailed, match="no answer from the proxy at http"):
         ask(url)
+
+
+def test_an_adapter_without_the_weights_that_it_belongs_to_is_no_state(tmp_path: Path) -> None:
+    settings = TrainSettings(lora_rank=4, lora_alpha=8)
+    assert Lineage(str(tmp_path), 1, lora_rank=4, lora_alpha=8).misfit(settings) is None
+    gone = Lineage(str(tmp_path / "gone"), 1, lora_rank=4, lora_alpha=8)
+    assert str(tmp_path / "gone") in str(gone.misfit(settings))
+
+
+def test_weights_that_an_adapter_is_relative_to_stay_as_long_as_it(tmp_path: Path) -> None:
+    settings = TrainSettings(runs_dir=tmp_path / "runs", keep_versions=1)
+    paths = {number: version_directory(settings, "p", number) / "weights" for number in range(1, 6)}
+    for number, path in paths.items():
+        path.mkdir(parents=True)
+        if number > 2:  # adapters of version 2's weights
+            lineage = Lineage(str(paths[2]), 1, lora_rank=4, lora_alpha=8)
+            path.with_name("trainer").mkdir()
+            path.with_name("trainer").joinpath("lineage.json").write_text(json.dumps(asdict(lineage)))
+    statuses = dict.fromkeys(range(1, 5), VersionStatus.RETIRED) | {5: VersionStatus.ACTIVE}
+    versions = [PolicyVersion("p", number, str(paths[number]), statuses[number]) for number in paths]
+    assert clear_away(settings, "p", versions) == [3, 1]
 
 
 def test_only_old_checkpoints_of_versions_that_no_longer_serve_are_deleted(tmp_path: Path) -> None:

@@ -10,15 +10,20 @@ import numpy as np
 import pytest
 
 from lightning_proxy.config.settings import PolicySettings, ProxySettings, Settings, StoreSettings
+from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.errors import CheckpointInvalid
 from lightning_proxy.store import RunState, Store, VersionStatus
 from lightning_proxy.trainer import steps
+from lightning_proxy.trainer.backend import open_backend
 from lightning_proxy.trainer.checkpoint import read_layout, validate
+from lightning_proxy.trainer.publish import state_directory
 from lightning_proxy.trainer.report import Outcome, TrainReport
 from lightning_proxy.trainer.run import Trainer, train_once
+from lightning_proxy.trainer.warm import WarmBackend
 from tests.trainer.conftest import RECIPE
 from tests.trainer.fake_proxy import FakeProxy, fake_proxy
 from tests.trainer.recording import POLICY, Logprobs, record_group, record_rollout
+from tests.trainer.rows import random_rows
 
 pytestmark = [pytest.mark.train, pytest.mark.filterwarnings("ignore")]  # verl and torch warn about themselves
 
@@ -294,3 +299,15 @@ def test_lora_is_trained_across_runs_and_published_as_full_weights_with_its_adap
     assert read_layout(path).keys() == read_layout(tiny_model).keys()
     adapter = json.loads((path.parent / "adapter" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(tiny_model)
+    import torch
+
+    saved = torch.load(state_directory(active) / "model_world_size_1_rank_0.pt", weights_only=False)
+    assert saved
+    assert all(".lora_" in name for name in saved)  # not the base once more
+    warm = WarmBackend()
+    adapted = warm.at(how, active)
+    merged = open_backend(TrainSettings(device="cpu", threads=1), path)
+    rows = random_rows([9, 14, 5])
+    np.testing.assert_allclose(adapted.logprobs(rows), merged.logprobs(rows), atol=1e-5)
+    merged.close()
+    warm.discard()

@@ -344,7 +344,7 @@ def _training_worker_config(config: WorkerConfig) -> TrainingWorkerConfig:
             total_training_steps=1,  # of no effect: the schedule is constant
             override_optimizer_config={"eps": config.adam_eps},
         ),
-        checkpoint_config=CheckpointConfig(),
+        checkpoint_config=CheckpointConfig(save_lora_only=config.lora_rank > 0),
     )
 
 
