@@ -62,13 +62,13 @@ def table(names: Sequence[str] = NAMES, folder: Path = RESULTS) -> str:
 def live_table(folder: Path = RESULTS) -> str:
     """One row a run of live traffic, as Markdown."""
     lines = [
-        "| seed | answers | thumbs | corrected | version 0 | last version | gain |",
-        "|---|---|---|---|---|---|---|",
+        "| seed | answers | told apart wrongly | thumbs | corrected | version 0 | last version | gain |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for run in runs_of("live", folder=folder):
         first, last = run["versions"][0], run["versions"][-1]
         lines.append(
-            f"| {run['seed']} | {run['answers']} | {run['thumbs']} | {run['corrected']} "
+            f"| {run['seed']} | {run['answers']} | {run['mixed_up']} | {run['thumbs']} | {run['corrected']} "
             f"| {_interval(first['success'])} | {last['version']}: {_interval(last['success'])} "
             f"| {_interval(last['gain'], '+')} |"
         )

@@ -28,12 +28,20 @@ class VersionReport:
     gain: Estimate  # against version 0
 
 
-def by_version(answered: Sequence[Answered], version_of: Mapping[str, int]) -> list[VersionReport]:
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What the proxy recorded of an answer."""
+
+    version: int  # that made its last token
+    rollout_id: str
+
+
+def by_version(answered: Sequence[Answered], recorded: Mapping[str, Recorded]) -> list[VersionReport]:
     """One report a version, in order; the first is what the others are compared with."""
     right: Counter[int] = Counter()
     count: Counter[int] = Counter()
     for answer in answered:
-        version = version_of[answer.response_id]
+        version = recorded[answer.response_id].version
         count[version] += 1
         right[version] += answer.right
     samples = {v: Sample.of({1.0: right[v], 0.0: count[v] - right[v]}) for v in sorted(count)}
@@ -51,12 +59,18 @@ def by_version(answered: Sequence[Answered], version_of: Mapping[str, int]) -> l
     ]
 
 
-def versions_by_response(db: Path) -> dict[str, int]:
-    """Which version made the last token of each answer, by the answer's id."""
+def mixed_up(answered: Sequence[Answered], recorded: Mapping[str, Recorded]) -> int:
+    """Answers that the proxy took for parts of one conversation with another one."""
+    share = Counter(recorded[answer.response_id].rollout_id for answer in answered)
+    return sum(count for count in share.values() if count > 1)
+
+
+def recorded_answers(db: Path) -> dict[str, Recorded]:
+    """By the answer's id."""
     with Store.open(db) as store:
         heads = store.list_spans(limit=10_000_000, content=False)
     return {
-        span.response_id: span.policy_version_end
+        span.response_id: Recorded(span.policy_version_end, span.rollout_id)
         for span in heads
         if span.response_id is not None and span.policy_version_end is not None
     }

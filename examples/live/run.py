@@ -21,7 +21,7 @@ from pathlib import Path
 from examples.calculator.tasks import make_task
 from examples.environment import CannotInstall, agents_python
 from examples.experiment import WEIGHTS
-from examples.live.report import by_version, line_of, save, versions_by_response
+from examples.live.report import by_version, line_of, mixed_up, recorded_answers, save
 from examples.live.users import Agent, Crowd, Habits
 from lightning_proxy.demo.loop import (
     Experiment,
@@ -57,7 +57,8 @@ def run(workdir: Path, *, seed: int, minutes: float, habits: Habits) -> float:
     workdir = prepare(workdir, LIVE.model)
     with ended_by_signals(), serving(workdir, seed) as proxy:
         crowd = asyncio.run(traffic(workdir, proxy.url, seed, minutes, habits))
-    rows = by_version(crowd.answered, versions_by_response(workdir / "lightning.db"))
+    recorded = recorded_answers(workdir / "lightning.db")
+    rows = by_version(crowd.answered, recorded)
     facts = {
         "seed": seed,
         "minutes": minutes,
@@ -66,6 +67,7 @@ def run(workdir: Path, *, seed: int, minutes: float, habits: Habits) -> float:
         "failed": crowd.failed,
         "thumbs": crowd.thumbs,
         "corrected": crowd.corrected,
+        "mixed_up": mixed_up(crowd.answered, recorded),
     }
     save(workdir, rows, facts)
     print("\n".join(line_of(row) for row in rows))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from examples.environment import agents_python
-from examples.live.report import by_version, line_of, save, versions_by_response
+from examples.live.report import Recorded, by_version, line_of, mixed_up, recorded_answers, save
 from examples.live.run import SERVICE
 from examples.live.users import Agent, Answered, Crowd, Habits
 from tests.conftest import ProxyThread
@@ -22,15 +22,19 @@ HURRIED = Habits(
 )
 
 
-def _answers(version: int, right: int, wrong: int) -> list[tuple[Answered, int]]:
+def _answers(version: int, right: int, wrong: int) -> list[tuple[Answered, Recorded]]:
     made = [True] * right + [False] * wrong
-    return [(Answered(0.0, f"{version}/{i}", is_right), version) for i, is_right in enumerate(made)]
+    ids = [f"{version}/{number}" for number in range(len(made))]
+    return [(Answered(0.0, i, is_right), Recorded(version, i)) for i, is_right in zip(ids, made, strict=True)]
 
 
 def test_each_version_is_compared_with_the_first(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     said = [*_answers(0, 20, 80), *_answers(2, 45, 55)]
-    rows = by_version([a for a, _ in said], {a.response_id: version for a, version in said})
+    answered, recorded = [a for a, _ in said], {a.response_id: seen for a, seen in said}
+    rows = by_version(answered, recorded)
+    assert mixed_up(answered, recorded) == 0
+    assert mixed_up(answered, recorded | {"0/1": Recorded(0, "0/2")}) == 2
     first, last = rows
     assert (first.version, first.answers, first.right) == (0, 100, 20)
     # Wilson's interval of 20 of 100, Newcombe's of the difference to 45 of 100: worked out by hand.
@@ -84,5 +88,4 @@ def test_users_without_ids_are_told_apart_and_their_thumbs_arrive(
         entries = [entry for r in rollouts for entry in store.list_rewards(r.rollout.rollout_id)]
     assert len(entries) == crowd.thumbs + crowd.corrected
     assert {entry.value for entry in entries} <= {1.0, -1.0}
-    known = versions_by_response(proxy.db)
-    assert all(answered.response_id in known for answered in crowd.answered)
+    assert mixed_up(crowd.answered, recorded_answers(proxy.db)) == 0
