@@ -1,4 +1,4 @@
-"""An agent in service learns from its users: ``python -m examples.live.run --minutes 12``.
+"""An agent in service learns from its users: ``python -m examples.live.run --minutes 10``.
 
 The agent is told ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``, nothing else; which calls belong together the
 proxy finds out. Users ask all the time, each question once. Thumbs come minutes late, for one call in five,
@@ -35,7 +35,7 @@ from lightning_proxy.demo.processes import Children, DemoFailed, clean_environme
 from lightning_proxy.demo.sample import ProxyApi
 
 SERVICE = Path(__file__).parents[1] / "calculator" / "service.py"
-MINUTES = 12.0
+MINUTES = 10.0
 TRAIN_EVERY_S = 40.0
 LAST_S = 75.0  # of traffic, in which no further pass begins: the last version shall be seen at work
 

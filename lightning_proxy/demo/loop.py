@@ -62,12 +62,14 @@ class Experiment:
     runs_per_task: int = 8
     held_out_tasks: int = 64
     iterations: int = 24
-    stop_at: float = 0.9  # held-out success at which we are content,
+    stop_at: float | None = None  # held-out success at which we are content; None: all iterations are run
     stop_at_sampled: float = 0.8  # once sampling, which explores, succeeds this often too
     stop_after_s: float = 270.0  # or has had this long for it
 
     def is_content(self, result: DemoResult) -> bool:
         """Whether further iterations would show nothing new."""
+        if self.stop_at is None:
+            return False
         far = result.iterations[-1].reward >= self.stop_at_sampled or result.seconds >= self.stop_after_s
         return result.final >= self.stop_at and far
 

@@ -16,4 +16,5 @@ TEXT_TO_SQL = Experiment(
     model=WEIGHTS,
     agent=HERE / "agent.py",
     make_tasks=make_tasks,
+    stop_at=0.9,
 )
