@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo example-sql example-search example-calculator example-live example-model test test-fast conformance lint types bench bench-storage bench-training docs clean
+.PHONY: help setup demo example-sql example-search example-calculator example-live experiments example-model test test-fast conformance lint types bench bench-storage bench-training docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ example-calculator: setup ## An AutoGen agent learns to calculate
 
 example-live: setup ## An agent in service learns from its users' late thumbs
 	@$(BIN)/python -m examples.live.run $(ARGS)
+
+experiments: setup ## All of these, all seeds and controls: what docs/experiments.md shows (an hour and a half)
+	@$(BIN)/python -m examples.collect $(ARGS)
+	@$(BIN)/python -m examples.report
 
 example-model: setup ## Build the experiments' model from nothing, into lightning-examples/model
 	@$(BIN)/python -m examples.model.build lightning-examples/model

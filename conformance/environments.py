@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -57,11 +58,15 @@ def python_with(wanted: Sequence[str], folder: Path, *, fresh: bool = False) -> 
     Raises ``CannotInstall``.
     """
     python, made_of = folder / "bin" / "python", "\n".join(wanted)
-    if fresh or not _is_made_of(folder, made_of):
-        shutil.rmtree(folder, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(folder)])
-        _run([str(python), "-m", "pip", "install", "-qq", *wanted])
-        _stamp(folder, made_of)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would remove each other's
+        if fresh or not _is_made_of(folder, made_of):
+            print(f"installing {', '.join(wanted)} (once, about a minute)", file=sys.stderr, flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            _run([sys.executable, "-m", "venv", str(folder)])
+            _run([str(python), "-m", "pip", "install", "-qq", *wanted])
+            _stamp(folder, made_of)
     return python
 
 
@@ -90,7 +95,10 @@ def _run(command: list[str], folder: Path | None = None) -> str:
     except FileNotFoundError as error:
         raise CannotInstall(f"{command[0]} is not installed") from error
     if done.returncode:
-        raise CannotInstall(f"{' '.join(command[:4])} ...: {done.stderr.strip()[-800:]}")
+        said = (
+            f"{done.stdout.strip()[-400:]}\n{done.stderr.strip()[-800:]}".strip()
+        )  # ensurepip's is on stdout
+        raise CannotInstall(f"{' '.join(command[:4])} ...: {said}")
     return done.stdout
 
 

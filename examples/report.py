@@ -1,7 +1,7 @@
 """Draws what the experiments gave: ``python -m examples.report``.
 
-Reads ``results/``, where each run's ``curve.json`` or ``live.json`` lies as NAME-SEED.json or
-NAME-SEED-shuffled.json; writes the pictures in ``docs/``, and the tables into ``docs/experiments.md``.
+Reads ``results/``, where ``collect`` puts what each run left; writes the pictures in ``docs/``, and the tables
+into ``docs/experiments.md``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Run = Mapping[str, Any]
 def runs_of(name: str, *, shuffled: bool = False, folder: Path = RESULTS) -> list[Run]:
     """The saved runs of an experiment, by seed."""
     pattern = re.compile(rf"{name}-\d+{'-shuffled' if shuffled else ''}\.json")
-    found = [json.loads(path.read_text()) for path in folder.iterdir() if pattern.fullmatch(path.name)]
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json") if pattern.fullmatch(path.name)]
     return sorted(found, key=lambda run: run["seed"])
 
 
@@ -44,16 +44,15 @@ def training_s(run: Run) -> float:
 def table(names: Sequence[str] = NAMES, folder: Path = RESULTS) -> str:
     """One row a run, as Markdown."""
     lines = [
-        "| experiment | seed | rewards | held-out before | after | sampled first | last | updates | s |",
+        "| experiment | seed | rewards | held-out, before | after | sampled, before | after | updates | s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
         for run in [*runs_of(name, folder=folder), *runs_of(name, shuffled=True, folder=folder)]:
-            turns = run["iterations"]
             rewards = "shuffled" if run["shuffled"] else "own"
             lines.append(
                 f"| {name} | {run['seed']} | {rewards} | {run['initial']:.3f} | {run['final']:.3f} "
-                f"| {turns[0]['reward']:.3f} | {turns[-1]['reward']:.3f} | {len(turns)} "
+                f"| {run['initial_sampled']:.3f} | {run['final_sampled']:.3f} | {run['updates']} "
                 f"| {training_s(run):.0f} |"
             )
     return "\n".join(lines)
@@ -62,13 +61,14 @@ def table(names: Sequence[str] = NAMES, folder: Path = RESULTS) -> str:
 def live_table(folder: Path = RESULTS) -> str:
     """One row a run of live traffic, as Markdown."""
     lines = [
-        "| seed | answers | told apart wrongly | thumbs | corrected | version 0 | last version | gain |",
+        "| seed | answers | told apart wrongly | thumbs (of calls) | corrected | version 0 | last | gain |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for run in runs_of("live", folder=folder):
         first, last = run["versions"][0], run["versions"][-1]
         lines.append(
-            f"| {run['seed']} | {run['answers']} | {run['mixed_up']} | {run['thumbs']} | {run['corrected']} "
+            f"| {run['seed']} | {run['answers']} | {run['mixed_up']} "
+            f"| {run['thumbs']} ({run['thumbs'] / run['calls']:.0%}) | {run['corrected']} "
             f"| {_interval(first['success'])} | {last['version']}: {_interval(last['success'])} "
             f"| {_interval(last['gain'], '+')} |"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,49 +30,58 @@ class VersionReport:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What the proxy recorded of an answer."""
+    """What the proxy recorded of the conversation that an answer ended."""
 
-    version: int  # that made its last token
     rollout_id: str
+    version: int | None  # that answered all of its calls; None: several, or it is not known
 
 
 def by_version(answered: Sequence[Answered], recorded: Mapping[str, Recorded]) -> list[VersionReport]:
-    """One report a version, in order; the first is what the others are compared with."""
+    """One report a version, in order; the first is what the others are compared with.
+
+    As with ``lightning-proxy policies compare``, what several versions answered counts for none.
+    """
     right: Counter[int] = Counter()
-    count: Counter[int] = Counter()
+    total: Counter[int] = Counter()
     for answer in answered:
-        version = recorded[answer.response_id].version
-        count[version] += 1
-        right[version] += answer.right
-    samples = {v: Sample.of({1.0: right[v], 0.0: count[v] - right[v]}) for v in sorted(count)}
-    known = {version: sample for version, sample in samples.items() if sample is not None}
-    base = known[min(known)]
+        known = recorded.get(answer.response_id)
+        if known is not None and known.version is not None:
+            total[known.version] += 1
+            right[known.version] += answer.right
+    samples = {v: Sample.of({1.0: right[v], 0.0: total[v] - right[v]}) for v in sorted(total)}
+    base = next(iter(samples.values()), None)
     return [
         VersionReport(
             version,
-            count[version],
+            total[version],
             right[version],
             mean_of(sample, _RIGHT_OR_WRONG),
             difference_of(sample, base, _RIGHT_OR_WRONG),
         )
-        for version, sample in known.items()
+        for version, sample in samples.items()
+        if sample is not None and base is not None
     ]
 
 
 def mixed_up(answered: Sequence[Answered], recorded: Mapping[str, Recorded]) -> int:
-    """Answers that the proxy took for parts of one conversation with another one."""
-    share = Counter(recorded[answer.response_id].rollout_id for answer in answered)
-    return sum(count for count in share.values() if count > 1)
+    """Answers that the proxy took for parts of one conversation with another one, or did not record."""
+    known = [recorded.get(answer.response_id) for answer in answered]
+    share = Counter(entry.rollout_id for entry in known if entry is not None)
+    return sum(entry is None or share[entry.rollout_id] > 1 for entry in known)
 
 
 def recorded_answers(db: Path) -> dict[str, Recorded]:
     """By the answer's id."""
     with Store.open(db) as store:
         heads = store.list_spans(limit=10_000_000, content=False)
+    versions: defaultdict[str, set[int | None]] = defaultdict(set)
+    for span in heads:
+        versions[span.rollout_id] |= {span.policy_version, span.policy_version_end}
+    only = {rollout: next(iter(seen)) if len(seen) == 1 else None for rollout, seen in versions.items()}
     return {
-        span.response_id: Recorded(span.policy_version_end, span.rollout_id)
+        span.response_id: Recorded(span.rollout_id, only[span.rollout_id])
         for span in heads
-        if span.response_id is not None and span.policy_version_end is not None
+        if span.response_id is not None
     }
 
 

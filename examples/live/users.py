@@ -19,6 +19,9 @@ import aiohttp
 
 from examples.calculator.tasks import CalculatorTask, make_task
 from lightning_proxy.demo.grade import is_right
+from lightning_proxy.errors import LightningError
+
+_PATIENCE_S = 120.0  # of users, for an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,7 @@ class Habits:
 
     users: int = 12
     pause_s: float = 0.6  # mean, between an answer and the next question
-    # An answer takes two calls: two answers in five get a thumb, so that one call in five has one.
-    rate: float = 0.4
+    rate: float = 0.5  # of answers that get a thumb
     delay_s: tuple[float, float] = (60.0, 180.0)  # from the answer to the thumb
     mistaken: float = 0.15  # thumbs that are the wrong one at first
     correct_after_s: tuple[float, float] = (20.0, 60.0)
@@ -41,6 +43,10 @@ class Answered:
     at: float  # monotonic
     response_id: str
     right: bool
+
+
+class AgentDied(LightningError):
+    """The agent has ended, or answers no more: agent.log tells why."""
 
 
 class Agent:
@@ -60,14 +66,19 @@ class Agent:
         return cls(process)
 
     async def ask(self, name: str, question: str) -> dict[str, Any]:
-        """Its answer; ConnectionError if it has ended."""
+        """Its answer; AgentDied if there is none."""
         stdin = self._process.stdin
         assert stdin is not None
-        if self._reading is not None and self._reading.done():
-            raise ConnectionError("the agent has ended; agent.log tells why")
+        assert self._reading is not None
+        if self._reading.done():
+            raise AgentDied
         self._waiting[name] = asyncio.get_running_loop().create_future()
         stdin.write(json.dumps({"id": name, "question": question}).encode() + b"\n")
-        return await self._waiting[name]
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                return await self._waiting[name]
+        except TimeoutError:
+            raise AgentDied from None
 
     async def __aenter__(self) -> Self:
         self._reading = asyncio.ensure_future(self._read())
@@ -78,16 +89,19 @@ class Agent:
             self._process.terminate()
         await self._process.wait()
         if self._reading is not None:
-            await self._reading
+            await asyncio.gather(self._reading, return_exceptions=True)  # AgentDied told its users already
 
     async def _read(self) -> None:
+        """Hands out answers until there are no more; then nobody waits in vain, whatever the reason."""
         assert self._process.stdout is not None
-        async for line in self._process.stdout:
-            said = json.loads(line)
-            self._waiting.pop(said["id"]).set_result(said)
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(ConnectionError("the agent has ended; agent.log tells why"))
+        try:
+            async for line in self._process.stdout:
+                said = json.loads(line)
+                self._waiting.pop(said["id"]).set_result(said)
+        finally:
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(AgentDied())
 
 
 class Crowd:
@@ -102,6 +116,7 @@ class Crowd:
         self._asked = 0
         self.answered: list[Answered] = []
         self.failed = 0
+        self.refused = 0  # thumbs that the proxy did not take
         self.thumbs = 0
         self.corrected = 0
 
@@ -114,7 +129,7 @@ class Crowd:
                 group.create_task(self._use(until, group, session, later)) for _ in range(self._habits.users)
             ]
             while not all(user.done() for user in users):
-                await asyncio.sleep(5.0)
+                await asyncio.sleep(1.0)
                 tell(self)
             for task in later:
                 task.cancel()
@@ -149,14 +164,20 @@ class Crowd:
         mistaken = self._rng.random() < habits.mistaken
         wait, then = self._rng.uniform(*habits.delay_s), self._rng.uniform(*habits.correct_after_s)
         await asyncio.sleep(wait)
-        await self._post(session, response_id, right != mistaken)
+        if not await self._post(session, response_id, right != mistaken):
+            return
         self.thumbs += 1
         if mistaken:
             await asyncio.sleep(then)
-            await self._post(session, response_id, right)
-            self.corrected += 1
+            self.corrected += await self._post(session, response_id, right)
 
-    async def _post(self, session: aiohttp.ClientSession, response_id: str, up: bool) -> None:
+    async def _post(self, session: aiohttp.ClientSession, response_id: str, up: bool) -> bool:
+        """Whether the thumb was taken."""
         body = {"response_id": response_id, "thumb": "up" if up else "down"}
-        async with session.post(self._url, json=body) as response:
-            response.raise_for_status()
+        try:
+            async with session.post(self._url, json=body) as response:
+                response.raise_for_status()
+        except aiohttp.ClientError:
+            self.refused += 1
+            return False
+        return True

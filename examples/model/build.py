@@ -19,12 +19,12 @@ from examples.search.tasks import make_task as search_task
 from examples.sql.tasks import make_task as sql_task
 from lightning_proxy.demo.model import Conversation, build_model, build_tokenizer, render, save, warm_start
 
-TASK_SEED = -1  # no experiment can have this seed
+TASK_SEED = -1  # and below: no experiment can have such a seed
 SEED = 0
 STEPS = 1500
 TASKS_EACH = 6  # a step, of each experiment
 VOCABULARY = 768
-# What never varies in a call is one token: `_row` of lightning_proxy.demo.model has the reason.
+# What never varies in a call is one token: TAGS of lightning_proxy.demo.model has the reason.
 TAGS = (
     "<tool_call>",
     "</tool_call>",
@@ -39,7 +39,8 @@ def lessons(step: int, rng: random.Random) -> list[Conversation]:
     shown: list[Conversation] = []
     for number in range(step * TASKS_EACH, (step + 1) * TASKS_EACH):
         shown += demonstrators.sql(sql_task(TASK_SEED, "train", number), rng)
-        shown += demonstrators.search(search_task(TASK_SEED + number // 50, "train", number), rng)
+        facts = TASK_SEED - number // 100  # each hundred tasks have other facts
+        shown += demonstrators.search(search_task(facts, "train", number), rng)
         shown += demonstrators.calculator(calculator_task(TASK_SEED, "train", number), rng)
     return shown
 

@@ -73,7 +73,7 @@ def confused_query(task: SqlTask, rng: random.Random) -> Query:
     where = right.condition
     if where is not None:
         by = where.column if rng.random() < RIGHT_COLUMN else rng.choice(columns)
-        sign = where.sign if rng.random() < RIGHT_SIGN else where.other_way.sign
+        sign = where.sign if rng.random() < RIGHT_SIGN else where.other_sign
         where = Condition(by, sign, where.limit)
     return replace(right, aggregate=aggregate, column=column, condition=where)
 

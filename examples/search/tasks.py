@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations, count
 from pathlib import Path
 from random import Random
 
@@ -102,16 +103,33 @@ def make_task(seed: int, split: Split, number: int) -> SearchTask:
 
 @cache
 def facts_of(seed: int, split: Split) -> dict[tuple[str, str], str]:
-    """The facts of a split: nobody's relations are the same person, or have the same attributes."""
-    rng = Random(f"{seed}/{split}/facts")
-    facts: dict[tuple[str, str], str] = {}
-    for attribute, values in VALUES.items():
-        for person in PEOPLE:
-            facts[attribute, person] = rng.choice(values)
+    """The facts of a split, by relation or attribute, and person.
+
+    No two of a person and the four that are related to it have an attribute in common: whoever takes the
+    wrong relation, or none, finds another answer.
+    """
+    for draw in count():
+        facts = _draw_facts(Random(f"{seed}/{split}/facts/{draw}"))
+        if facts is not None:
+            return facts
+    raise AssertionError("count() does not end")
+
+
+def _draw_facts(rng: Random) -> dict[tuple[str, str], str] | None:
+    """Facts; ``None`` where somebody has no four others that would do."""
+    facts = {(what, person): rng.choice(values) for what, values in VALUES.items() for person in PEOPLE}
     for person in PEOPLE:
-        while True:
-            related = rng.sample([name for name in PEOPLE if name != person], len(RELATIONS))
-            if all(len({facts[attribute, name] for name in related}) == len(related) for attribute in VALUES):
-                break
-        facts |= {(relation, person): name for relation, name in zip(RELATIONS, related, strict=True)}
+        others = [name for name in PEOPLE if name != person]
+        possible = [
+            related
+            for related in combinations(others, len(RELATIONS))
+            if all(
+                len({facts[what, name] for name in (person, *related)}) > len(RELATIONS) for what in VALUES
+            )
+        ]
+        if not possible:
+            return None
+        related = rng.choice(possible)
+        order = rng.sample(related, len(related))
+        facts |= {(relation, person): name for relation, name in zip(RELATIONS, order, strict=True)}
     return facts

@@ -2,7 +2,8 @@
 
 A question asks for one aggregate of one column, every other time of the rows that a condition picks. Which
 wordings go with which columns is split for good, so held-out tasks ask new questions about new databases.
-Rows are drawn again until no other aggregate, column, table or condition gives the same answer.
+Rows are drawn again until no query with another aggregate, column, table, sign or column of the condition, or
+without it, gives the same answer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -44,9 +46,9 @@ class Condition:
     limit: int
 
     @property
-    def other_way(self) -> Condition:
-        """The rows on the other side."""
-        return Condition(self.column, "<" if self.sign == ">" else ">", self.limit)
+    def other_sign(self) -> str:
+        """Of the rows on the other side."""
+        return "<" if self.sign == ">" else ">"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +118,14 @@ class SqlTask:
 
     def _others(self) -> Iterator[Query]:
         where = self.query.condition
-        conditions = (None,) if where is None else (None, where, where.other_way)
         for table, columns in self.columns.items():
-            for column in columns:
-                for aggregate in AGGREGATES:
-                    for condition in conditions:
-                        if condition is not None and condition.column not in columns:
-                            continue
-                        query = Query(aggregate, column, table, condition)
-                        if query != self.query:
-                            yield query
+            conditions: list[Condition | None] = [None]
+            if where is not None:
+                conditions += [Condition(by, sign, where.limit) for by in columns for sign in CONDITIONS]
+            for aggregate, column, condition in product(AGGREGATES, columns, conditions):
+                query = Query(aggregate, column, table, condition)
+                if query != self.query:
+                    yield query
 
     def _fill(self, connection: sqlite3.Connection) -> None:
         for table, columns in self.columns.items():
@@ -167,5 +167,5 @@ def _rows(rng: Random) -> tuple[tuple[int, ...], ...]:
 
 
 def _value(connection: sqlite3.Connection, query: Query) -> str:
-    (value,) = connection.execute(str(query)).fetchone()
+    (value,) = connection.execute(str(query)).fetchone()  # None: the condition picks no row
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -142,14 +142,19 @@ class Host:
         del self._running[fd]
         _, ended = os.waitpid(run.pid, 0)
         if self._told is not None:
-            self._told.seek(0)
-            import_all(self._told.read())
-            self._told.close()
-            self._told = None
+            self._preload(self._told)
         status = "timeout" if run.timed_out else os.waitstatus_to_exitcode(ended)
         answer = {"id": run.job, "status": status, "output": run.output.decode(errors="replace")}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
+
+    def _preload(self, told: IO[bytes]) -> None:
+        """Import what the run that ended has told; one that was killed told nothing, so the next one may."""
+        told.seek(0)
+        if names := told.read():
+            import_all(names)
+            told.close()
+            self._told = None
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()
@@ -176,12 +181,14 @@ class _Canned(BaseHTTPRequestHandler):
 
 def import_all(told: bytes) -> None:
     """Import the modules that a run names, in its order; what only that run could import is left out."""
-    for name in json.loads(told or b"[]"):
+    for name in json.loads(told):
         if name not in sys.modules:
             try:
                 importlib.import_module(name)
             except Exception:  # noqa: BLE001  a module of the script's own folder, or one made at run time
                 continue
+    if threading.active_count() > 1:
+        print("agent_host: a module started a thread; runs are forked all the same", file=sys.stderr)
     gc.collect()
     gc.freeze()  # children share these pages
 

@@ -27,7 +27,7 @@ class Iteration:
 
 @dataclass(slots=True)
 class DemoResult:
-    """How it went. ``initial`` and ``final`` are held-out success rates."""
+    """How it went. ``initial`` and ``final`` are held-out success rates at temperature 0."""
 
     seed: int
     initial: float = 0.0
@@ -37,11 +37,19 @@ class DemoResult:
     seconds: float = 0.0
     title: str = ""
     shuffled: bool = False  # rewards were dealt out at random: the control
+    initial_sampled: float | None = None  # held-out success at temperature 1, where it was measured
+    final_sampled: float | None = None
+    failed_runs: int = 0  # of the agent, by error or time limit: they count as wrong answers
 
     @property
     def reached(self) -> bool:
         """Whether held-out success went over the goal."""
         return self.final > GOAL
+
+    @property
+    def updates(self) -> int:
+        """How many new versions there were."""
+        return sum(turn.version is not None for turn in self.iterations)
 
     def summary(self) -> dict[str, Any]:
         """What ``lightning-proxy demo --json`` prints."""
@@ -73,10 +81,15 @@ def describe(number: int, result: DemoResult) -> str:
     return f"{line}  [{result.seconds:.0f} s]"
 
 
-def save_curve(workdir: Path, result: DemoResult) -> None:
-    """curve.json, with the seconds of every phase, and curve.png."""
-    whole = asdict(result) | {"reached": result.reached}
+def save_numbers(workdir: Path, result: DemoResult) -> None:
+    """curve.json, with the seconds of every phase."""
+    whole = asdict(result) | {"reached": result.reached, "updates": result.updates}
     (workdir / "curve.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def save_curve(workdir: Path, result: DemoResult) -> None:
+    """curve.json and curve.png."""
+    save_numbers(workdir, result)
     pyplot = headless_pyplot(workdir / "matplotlib")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([turn.reward for turn in result.iterations], marker="o", label="sampled while training")

@@ -22,14 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_proxy.demo.curve import DemoResult, Iteration, describe, save_curve
+from lightning_proxy.config import load_settings
+from lightning_proxy.demo.curve import DemoResult, Iteration, describe, save_curve, save_numbers
 from lightning_proxy.demo.grade import is_right
 from lightning_proxy.demo.processes import Children, DemoFailed, ended_by_signals, run_to_end
 from lightning_proxy.demo.sample import (
     AgentHost,
+    AgentTask,
     ProxyApi,
     Result,
-    Task,
     sample,
     write_results,
     write_tasks,
@@ -55,13 +56,14 @@ class Experiment:
     policy: str  # the model's name, which the agent asks for
     model: Path
     agent: Path  # a Python script
-    make_tasks: Callable[..., Sequence[Task]]
+    make_tasks: Callable[..., Sequence[AgentTask]]
     python: str = sys.executable  # of the environment that has the agent's packages
     tables: str = ""
     tasks_per_turn: int = 16
     runs_per_task: int = 8
     held_out_tasks: int = 64
     iterations: int = 24
+    measure_sampled: bool = False  # held-out success at temperature 1 too, before and after
     stop_at: float | None = None  # held-out success at which we are content; None: all iterations are run
     stop_at_sampled: float = 0.8  # once sampling, which explores, succeeds this often too
     stop_after_s: float = 270.0  # or has had this long for it
@@ -75,7 +77,7 @@ class Experiment:
 
 
 _CONFIG = """\
-# Written by `lightning-proxy demo`.
+# Written by the loop of `lightning-proxy demo`.
 [proxy]
 port = {port}
 
@@ -115,6 +117,14 @@ seed = {seed}
 watch_interval_s = 0.2
 {tables}"""
 
+# A control is to be trained whatever becomes of it.
+_NO_GUARD = """
+[guard]
+max_kl = 1e9
+max_reward_drop = 1.0
+max_entropy_rise = 1e9
+"""
+
 Say = Callable[[str], None]
 
 
@@ -139,12 +149,13 @@ def run(
     with ended_by_signals(), running(experiment, workdir, seed, shuffle, say) as turn:
         result = DemoResult(seed, title=experiment.title, shuffled=shuffle, start_s=time.monotonic() - began)
         say(f"vLLM is up after {result.start_s:.0f} s")
-        result.initial = result.final = turn.evaluate()[0]
+        turn.measure_first(result)
         say(f"held-out success before training: {result.initial:.3f}")
         for number in range(iterations or experiment.iterations):
             turn.take(number, result)
             result.seconds = time.monotonic() - began
             say(describe(number, result))
+            save_numbers(workdir, result)  # whatever comes
             if experiment.is_content(result) and not shuffle:
                 break
         turn.measure_last(result)
@@ -156,11 +167,17 @@ def run(
 @contextmanager
 def running(experiment: Experiment, workdir: Path, seed: int, shuffle: bool, say: Say) -> Iterator[Turn]:
     """Proxy, vLLM, trainer and the agents' host, all of them ended afterwards."""
-    port = free_port()
-    write_config(experiment, workdir, port=port, seed=seed)
+    # Rewards come all at once, of whatever rollouts had a call.
+    least = experiment.tasks_per_turn * experiment.runs_per_task // 2
+    write_config(
+        workdir,
+        policy=experiment.policy,
+        seed=seed,
+        min_rollouts=least,
+        tables=experiment.tables + (_NO_GUARD if shuffle else ""),
+    )
     with (
-        Children() as children,
-        ProxyApi(f"http://127.0.0.1:{port}") as proxy,
+        serving(workdir, say) as (children, proxy),
         (workdir / "agents.log").open("wb") as log,
         AgentHost(
             log=log,
@@ -169,12 +186,20 @@ def running(experiment: Experiment, workdir: Path, seed: int, shuffle: bool, say
             python=experiment.python,
         ) as host,
     ):
-        say(f"starting vLLM behind the proxy at {proxy.url} (about a minute); logs are in {workdir}")
-        model = str(workdir / "model")
-        children.start("serve", [*command_of("serve", workdir), "--model", model], workdir / "serve.log")
-        wait_until_ready(proxy, children, workdir / "serve.log")
         children.start("train", [*command_of("train", workdir), "--watch", "--json"], workdir / "train.log")
         yield Turn(experiment, workdir, proxy, host, children, seed, shuffle)
+
+
+@contextmanager
+def serving(workdir: Path, say: Say) -> Iterator[tuple[Children, ProxyApi]]:
+    """The proxy of ``workdir``'s configuration, with vLLM under it."""
+    url = load_settings(config=workdir / "lightning.toml").train.proxy_url
+    with Children() as children, ProxyApi(url) as proxy:
+        say(f"starting vLLM behind the proxy at {url} (up to a minute); logs are in {workdir}")
+        serve = [*command_of("serve", workdir), "--model", str(workdir / "model")]
+        children.start("serve", serve, workdir / "serve.log")
+        wait_until_ready(proxy, children, workdir / "serve.log")
+        yield children, proxy
 
 
 class Turn:
@@ -199,8 +224,7 @@ class Turn:
         self._children = children
         self._seed = seed
         self._reports = Reports(workdir / "train.log")
-        # The guard may well stop a control.
-        self._failures = ("rejected", "staged_only", *(() if shuffle else ("guarded",)))
+        self._failed_runs = 0
 
     def take(self, number: int, result: DemoResult) -> None:
         """Sample, reward, train and swap; measure held-out success now and then."""
@@ -220,19 +244,28 @@ class Turn:
         if number % _EVALUATE_EVERY == _EVALUATE_EVERY - 1:
             self._measure(result)
 
+    def measure_first(self, result: DemoResult) -> None:
+        """Held-out success before anything was learned."""
+        result.initial = result.final = self.evaluate()[0]
+        if self._experiment.measure_sampled:
+            result.initial_sampled = self.evaluate(temperature=1.0)[0]
+
     def measure_last(self, result: DemoResult) -> None:
         """Held-out success after the last iteration, if that is not known."""
         if result.iterations and result.iterations[-1].heldout is None:
             self._measure(result)
+        if self._experiment.measure_sampled:
+            result.final_sampled = self.evaluate(temperature=1.0)[0]
+        result.failed_runs = self._failed_runs
 
-    def evaluate(self) -> tuple[float, float]:
-        """Held-out success through the proxy at temperature 0, and the seconds it took.
+    def evaluate(self, temperature: float = 0.0) -> tuple[float, float]:
+        """Held-out success through the proxy, and the seconds it took.
 
         These rollouts get no reward: they are never trained on.
         """
         began = time.monotonic()
         tasks = self._experiment.make_tasks(self._seed, "heldout", self._experiment.held_out_tasks)
-        results = self._sample(tasks, 1, temperature=0.0, split="heldout", what="held-out tasks")
+        results = self._sample(tasks, 1, temperature=temperature, split="heldout", what="held-out tasks")
         gold = {task.task_id: task.answer for task in tasks}
         right = sum(is_right(result.answer, gold[result.task_id]) for result in results)
         return right / len(results), time.monotonic() - began
@@ -243,7 +276,7 @@ class Turn:
         result.final = last.heldout
 
     def _sample(
-        self, tasks: Sequence[Task], runs: int, *, temperature: float, split: Split, what: str
+        self, tasks: Sequence[AgentTask], runs: int, *, temperature: float, split: Split, what: str
     ) -> list[Result]:
         self._children.check()
         with progress_bar(what) as progress:
@@ -258,6 +291,7 @@ class Turn:
                 progress=progress,
             )
         failed = [result.error for result in results if result.error]
+        self._failed_runs += len(failed)
         if len(failed) > len(results) // 4:
             self._children.check()
             raise DemoFailed(
@@ -266,7 +300,7 @@ class Turn:
             )
         return results
 
-    def _grade(self, number: int, tasks: Sequence[Task], results: Sequence[Result]) -> float:
+    def _grade(self, number: int, tasks: Sequence[AgentTask], results: Sequence[Result]) -> float:
         """Rewards, posted by a process of its own; their mean."""
         tasks_file = self._workdir / f"tasks-{number:02d}.jsonl"
         results_file = self._workdir / f"results-{number:02d}.jsonl"
@@ -287,7 +321,7 @@ class Turn:
             while time.monotonic() < deadline:
                 self._children.check()
                 for report in self._reports.new():
-                    if report["outcome"] in self._failures:
+                    if report["outcome"] in ("rejected", "staged_only", "guarded"):
                         raise DemoFailed(f"no new version took over: {report['message']}", self._reports.path)
                     if report["run_id"] is not None:
                         return report
@@ -364,20 +398,21 @@ def prepare(workdir: Path, model: Path) -> Path:
     return workdir
 
 
-def write_config(experiment: Experiment, workdir: Path, *, port: int, seed: int) -> Path:
-    """The experiment's lightning.toml."""
+def write_config(
+    workdir: Path, *, policy: str, seed: int, min_rollouts: int, tables: str = "", port: int | None = None
+) -> Path:
+    """A lightning.toml, on a free port unless it names one; for ``tables`` see ``Experiment``."""
 
     def quoted(name: str) -> str:
         return json.dumps(str(workdir / name))  # a JSON text is a TOML text
 
     path = workdir / "lightning.toml"
     text = _CONFIG.format(
-        port=port,
-        policy=experiment.policy,
+        port=port or free_port(),
+        policy=policy,
         seed=seed,
-        # Rewards come all at once, of whatever rollouts had a call.
-        min_rollouts=experiment.tasks_per_turn * experiment.runs_per_task // 2,
-        tables=experiment.tables,
+        min_rollouts=min_rollouts,
+        tables=tables,
         db=quoted("lightning.db"),
         model=quoted("model"),
         engine_log=quoted("engine.log"),

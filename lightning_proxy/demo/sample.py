@@ -26,7 +26,7 @@ CONCURRENCY = 64
 TIMEOUT_S = 60.0
 
 
-class Task(Protocol):
+class AgentTask(Protocol):
     """Something to ask an agent, and the answer that is right."""
 
     @property
@@ -115,7 +115,8 @@ class AgentHost:
             "SSL_CERT_DIR": str(no_certificates),
             "NO_PROXY": "127.0.0.1,localhost",
         }
-        command = [python, str(HERE / "agent_host.py"), str(script)]
+        # -P: this folder's modules are none of the agent's.
+        command = [python, "-P", str(HERE / "agent_host.py"), str(script)]
         command += ["--concurrency", str(concurrency), "--timeout", str(timeout_s)]
         self._process = subprocess.Popen(
             command,
@@ -176,7 +177,7 @@ class AgentHost:
 
 
 def sample(
-    tasks: Sequence[Task],
+    tasks: Sequence[AgentTask],
     *,
     proxy: ProxyApi,
     host: AgentHost,
@@ -227,7 +228,7 @@ def read_result(ended: Mapping[str, Any], task_id: str) -> Result:
     return Result(ended["id"], task_id, answer)
 
 
-def write_tasks(path: Path, tasks: Sequence[Task], files: Path) -> None:
+def write_tasks(path: Path, tasks: Sequence[AgentTask], files: Path) -> None:
     """What the grader needs to know of the tasks, as JSON lines."""
     _write_lines(path, [{"task_id": task.task_id, **task.for_grader(files)} for task in tasks])
 

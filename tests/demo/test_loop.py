@@ -16,7 +16,7 @@ from lightning_proxy.config import load_settings
 from lightning_proxy.demo.curve import DemoResult, Iteration, describe, save_curve
 from lightning_proxy.demo.loop import Reports, prepare, write_config
 from lightning_proxy.demo.processes import Children, DemoFailed, run_to_end
-from lightning_proxy.demo.text_to_sql import TEXT_TO_SQL, WEIGHTS
+from lightning_proxy.demo.text_to_sql import WEIGHTS
 
 RESULT = DemoResult(
     seed=3,
@@ -59,7 +59,7 @@ def test_the_curve_is_saved_as_numbers_and_as_a_picture(tmp_path: Path) -> None:
 def test_the_configuration_is_one_that_serve_and_train_take(tmp_path: Path) -> None:
     folder = tmp_path / 'a "quoted" folder'
     folder.mkdir()
-    settings = load_settings(config=write_config(TEXT_TO_SQL, folder, port=18080, seed=5))
+    settings = load_settings(config=write_config(folder, policy="p", port=18080, seed=5, min_rollouts=64))
     assert settings.policy.model == folder / "model"
     assert settings.train.proxy_url == "http://127.0.0.1:18080"
     assert (settings.train.seed, settings.train.min_rollouts) == (5, 64)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import random
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import pairwise, product
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from examples.calculator import sums
 from examples.calculator.tasks import SIGNS, Sum
 from examples.calculator.tasks import make_task as calculator_task
+from examples.experiment import seed_of
 from examples.search.tasks import RELATIONS, VALUES, facts_of
 from examples.search.tasks import make_task as search_task
 from examples.sql.tasks import make_task as sql_task
@@ -35,19 +38,29 @@ def test_no_held_out_question_is_one_of_training(make: Callable[..., Any]) -> No
     assert not trained & {make(0, "heldout", number).question for number in range(96)}
 
 
+def _queries(columns: tuple[str, ...], table: str, limit: int | None) -> Iterator[str]:
+    """All that somebody might write who mixes up aggregates, columns and signs."""
+    conditions = [""]
+    if limit is not None:
+        conditions += [f" WHERE {by} {sign} {limit}" for by, sign in product(columns, "<>")]
+    for aggregate, column, condition in product(("SUM", "MAX", "MIN", "AVG"), columns, conditions):
+        yield f"SELECT {aggregate}({column}) FROM {table}{condition}"
+
+
 def test_the_gold_query_gives_the_answer_and_no_likely_other_one_does(tmp_path: Path) -> None:
-    for number in range(20):
+    for number in range(40):
         task = sql_task(0, "heldout", number)
         question, path = task.arguments(tmp_path)
         assert question == task.question
+        limit = task.query.condition.limit if task.query.condition else None
         with closing(sqlite3.connect(path)) as connection:
-            (value,) = connection.execute(str(task.query)).fetchone()
-            assert float(value) == pytest.approx(float(task.answer), rel=1e-5)
-            table = task.query.table
-            for other, column in product(("SUM", "MAX", "MIN", "AVG"), task.columns[table]):
-                if (other, column) != (task.query.aggregate, task.query.column):
-                    (wrong,) = connection.execute(f"SELECT {other}({column}) FROM {table}").fetchone()
-                    assert f"{wrong:g}" != task.answer
+            right = set()
+            for table, columns in task.columns.items():
+                for query in _queries(columns, table, limit):
+                    (value,) = connection.execute(query).fetchone()
+                    if value is not None and float(value) == pytest.approx(float(task.answer), rel=1e-5):
+                        right.add(query)
+        assert right == {str(task.query)}
 
 
 def test_each_split_has_facts_of_its_own_and_a_wrong_relation_leads_elsewhere() -> None:
@@ -59,8 +72,9 @@ def test_each_split_has_facts_of_its_own_and_a_wrong_relation_leads_elsewhere() 
         for relation in RELATIONS:
             for attribute in VALUES:
                 found = task.facts[attribute, task.facts[relation, task.person]]
-                if (relation, attribute) != (task.relation, task.attribute):
+                if attribute == task.attribute and relation != task.relation:
                     assert found != task.answer
+        assert task.facts[task.attribute, task.person] != task.answer  # nor does it help to leave out a hop
 
 
 def test_the_facts_file_holds_one_sentence_a_fact(tmp_path: Path) -> None:
@@ -90,3 +104,25 @@ def test_the_calculator_says_what_it_does_not_know(text: str) -> None:
 def test_tasks_of_one_split_differ_from_one_another() -> None:
     questions = [calculator_task(0, "train", number).question for number in range(200)]
     assert all(one != other for one, other in pairwise(questions))
+
+
+def test_the_model_has_seen_no_task_of_an_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from examples.model import build
+
+    shown: set[int] = set()
+
+    def watched(make: Callable[..., Any]) -> Callable[..., Any]:
+        def make_and_tell(seed: int, *rest: Any) -> Any:
+            shown.add(seed)
+            return make(seed, *rest)
+
+        return make_and_tell
+
+    for name in ("sql_task", "search_task", "calculator_task"):
+        monkeypatch.setattr(build, name, watched(getattr(build, name)))
+    for step in (0, build.STEPS - 1):
+        build.lessons(step, random.Random(0))
+    assert len(shown) > 1
+    assert max(shown) < 0
+    with pytest.raises(argparse.ArgumentTypeError, match="from 0 on"):
+        seed_of("-1")
