@@ -1,7 +1,7 @@
 """Draws what the experiments gave: ``python -m examples.report``.
 
-Reads ``results/``, where ``collect`` puts what each run left. Writes the pictures in ``docs/``, and the tables
-of ``docs/experiments.md``.
+Reads ``results/``, where ``collect`` puts what each run left. Writes the pictures in ``docs/``, and the
+tables of ``docs/experiments.md``.
 """
 
 from __future__ import annotations
