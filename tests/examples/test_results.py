@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -38,20 +37,25 @@ def test_every_seed_at_least_doubles_its_held_out_success_and_passes_the_goal(na
         assert not run["shuffled"]
         assert run["final"] >= 2 * run["initial"]
         assert run["final"] > 0.8
+        assert run["final_sampled"] >= 2 * run["initial_sampled"]
         assert training_s(run) < 15 * 60
+        assert run["updates"] == len(run["iterations"])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_shuffled_rewards_nothing_is_learned(name: str) -> None:
     [control] = runs_of(name, shuffled=True)
-    assert control["shuffled"]
     own = next(run for run in runs_of(name) if run["seed"] == control["seed"])
-    assert len(control["iterations"]) == len(own["iterations"])
-    # Sampled success is of 128 rollouts an update: its middle over the second half hardly moves by chance.
-    half = len(control["iterations"]) // 2
-    late = median(turn["reward"] for turn in control["iterations"][half:])
-    assert late < control["iterations"][0]["reward"] + 0.1
-    assert control["final"] < own["final"] - 0.3
+    assert control["updates"] == own["updates"]  # it was trained as often
+    # 96 tasks at a rate of a third: chance alone moves the difference by 0.13 in one case of twenty.
+    assert control["final_sampled"] - control["initial_sampled"] < 0.13
+    assert own["final_sampled"] - own["initial_sampled"] > 0.3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hardly_a_run_of_an_agent_failed(name: str) -> None:
+    for run in (*runs_of(name), *runs_of(name, shuffled=True)):
+        assert run["failed_runs"] <= 0.01 * 128 * len(run["iterations"])
 
 
 def test_live_traffic_is_answered_better_by_the_last_version_of_every_seed() -> None:
