@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import orjson
 
 from lightning_proxy.config import RedactionSettings
+from lightning_proxy.errors import InvalidInput
 from lightning_proxy.store import Fidelity, Generation, Span
 
 from .paths import changed_at, json_inside
@@ -31,9 +32,11 @@ from .rules import Rule
 Json: TypeAlias = dict[str, Any]
 log = logging.getLogger(__name__)
 
+REDACTED = "[redacted]"  # in place of a text that cannot be searched
 REPEATED = "repeated"  # in place of a rule's name: what a rule took out of an earlier call of the rollout
 UNREAD = "unread"  # its tokens may say more than its texts do: a cut answer, a history that is elsewhere
 
+_UNSEARCHABLE = (RecursionError, ValueError, TypeError)  # nested deeper than Python walks, or orjson writes
 _SHORTEST_REPEATED = 4  # characters: what is shorter stands in other texts by chance
 _MOST_ROLLOUTS = 2_000  # whose texts are remembered
 _MOST_LETTERS = 65_536  # of them per rollout
@@ -70,15 +73,30 @@ class Redactor:
         """
         try:
             return self._span(span, request)
-        except (RecursionError, ValueError, TypeError) as error:
+        except _UNSEARCHABLE as error:
             log.warning("a span of rollout %s could not be redacted, and is kept without its texts: %r",
                         span.rollout_id, error)  # fmt: skip
             return replace(_without_texts(span), response_id=self._kept_id(span))
 
     def value(self, value: Any) -> Any:
-        """Something that is no span (a comment, metadata), by the rules that are patterns for all roles."""
+        """Something that is no span (a comment, metadata), by the rules that are patterns for all roles.
+
+        Raises ``InvalidInput`` where it is nested too deeply, itself or as JSON in its texts.
+        """
         rules = [rule for rule in self._rules if rule.path is None and not rule.roles]
-        return self._by_rules(rules, value, _Taken())
+        try:
+            return self._by_rules(rules, value, _Taken())
+        except _UNSEARCHABLE as error:
+            raise InvalidInput(f"nested too deeply for [[redaction]] to search it ({error})") from error
+
+    def text(self, text: str) -> str:
+        """A text that nobody waits for to be told about, by the same rules; never raises."""
+        try:
+            made: str = self.value(text)
+        except InvalidInput as error:
+            log.warning("a text is kept as %s: it is %s", REDACTED, error)
+            return REDACTED
+        return made
 
     def _span(self, span: Span, request: Any) -> Span:
         rules = [rule for rule in self._rules if rule.is_for(span.role)]
@@ -128,7 +146,7 @@ class Redactor:
             taken = _Taken()
             made = self._by_rules(rules, span.response_id, taken)
             made = _Literals(self._remembered.get(span.rollout_id, {}), taken).value(made)
-        except RecursionError:
+        except _UNSEARCHABLE:
             return None
         return span.response_id if made == span.response_id else None
 
@@ -373,7 +391,7 @@ def _without_texts(span: Span) -> Span:
         _without_token_data(span, (UNREAD,)),
         request=b"{}",
         response=None if span.response is None else b"{}",
-        error=None if span.error is None else "[redacted]",
+        error=None if span.error is None else REDACTED,
         model=None,
         sampling={},
     )

@@ -273,6 +273,45 @@ def test_reasons_that_workers_give_lose_it_as_well(make_proxy: MakeProxy, engine
     check_nothing_is_kept(proxy, engine)
 
 
+def deep(levels: int) -> str:
+    return '{"a":' * levels + f'"{SECRET}"' + "}" * levels
+
+
+@pytest.mark.parametrize("levels", [300, 900])
+def test_what_is_nested_too_deeply_to_be_searched_is_refused(
+    make_proxy: MakeProxy, engine: EngineThread, levels: int
+) -> None:
+    proxy = make_proxy(engine.base_url, redaction=[EMAIL])
+    send(proxy.url, "/api/rollouts", {"rollout_id": "r"})
+    send(proxy.url, "/api/tasks", {"task_id": "t", "input": {"q": "x"}})
+    [given] = send(proxy.url, "/api/tasks/claim", {"worker": "w"}).json["assignments"]
+    attempt = f"/api/rollouts/{given['rollout_id']}/attempts/1"
+    in_a_text = json.dumps(deep(levels))
+    posts = [
+        ("POST", "/api/rollouts", f'{{"rollout_id": "s", "metadata": {deep(levels)}}}', "the body"),
+        ("POST", "/api/rollouts", f'{{"rollout_id": "s", "metadata": {{"m": {in_a_text}}}}}', "metadata"),
+        ("PATCH", "/api/rollouts/r", f'{{"state": "failed", "reason": {in_a_text}}}', "reason"),
+        ("POST", f"{attempt}/release", f'{{"reason": {in_a_text}}}', "reason"),
+        ("POST", f"{attempt}/finish", f'{{"state": "failed", "reason": {in_a_text}}}', "reason"),
+        ("POST", "/api/tasks/t/cancel", f'{{"reason": {in_a_text}}}', "reason"),
+        ("POST", "/reward", f'{{"rollout_id": "r", "value": 1, "comment": {in_a_text}}}', "comment"),
+        ("POST", "/reward", f'{{"rollout_id": "r", "demonstration": {in_a_text}}}', "demonstration"),
+    ]
+    for method, path, body, what in posts:
+        refused = send(proxy.url, path, body.encode(), method=method)
+        message = refused.json["error"]["message"]
+        assert (refused.status, message.startswith(f"{what} is nested too deeply")) == (400, True), path
+    check_nothing_is_kept(proxy, engine)
+
+
+def test_a_call_with_such_a_text_goes_through(make_proxy: MakeProxy, engine: EngineThread) -> None:
+    proxy = make_proxy(engine.base_url, redaction=[EMAIL])
+    asked = {"role": "user", "content": deep(900)}
+    assert send(proxy.url, CHAT, {"model": "policy", "messages": [asked]}).status == 200
+    assert recorded(proxy)[0].redacted == "unread"
+    check_nothing_is_kept(proxy, engine)
+
+
 def test_the_conversation_is_followed_by_what_was_really_said(
     make_proxy: MakeProxy, engine: EngineThread
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_proxy.config import RedactionSettings
+from lightning_proxy.errors import InvalidInput
 from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import Fidelity, Generation, Span
 from tests.store.support import make_span
@@ -205,3 +206,12 @@ def test_names_at_the_top_and_texts_among_counts_are_searched(
 def test_texts_in_the_usage_are_searched() -> None:
     made = redactor({"pattern": "s3cret"}).span(span({}, {}, usage={"by": "s3cret", "prompt_tokens": 3}))
     assert (made.usage, made.redacted) == ({"by": "[redacted]", "prompt_tokens": 3}, "rule-0")
+
+
+def test_a_text_that_cannot_be_searched_is_not_kept() -> None:
+    one = redactor({"pattern": "s3cret"})
+    deep = '{"a":' * 300 + '"s3cret"' + "}" * 300
+    assert one.text(deep) == "[redacted]"
+    assert one.text("a s3cret") == "a [redacted]"
+    with pytest.raises(InvalidInput, match="nested too deeply"):
+        one.value({"m": deep})

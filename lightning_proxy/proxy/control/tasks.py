@@ -24,7 +24,7 @@ from lightning_proxy.store import (
 )
 
 from .access import Access
-from .requests import answer, choice_of, fields_of, limit_of, optional_choice, read_json, whole
+from .requests import answer, choice_of, fields_of, limit_of, optional_choice, read_json, text_of, whole
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class TaskRoutes:
     async def claim(self, request: web.Request) -> web.Response:
         """``{"worker", "limit"?, "lease_s"?, "prefer"?, "task_ids"?, "wait_s"?}`` -> assignments."""
         posted = fields_of(await read_json(request), _CLAIM_FIELDS, "the claim")
-        worker = _text(posted, "worker")
+        worker = text_of(posted, "worker")
         if not worker:
             raise InvalidInput("the claim lacks 'worker': a name, so that it can be said who has what")
         limit = posted.get("limit", 1)
@@ -191,7 +191,7 @@ class TaskRoutes:
     async def abandon(self, request: web.Request) -> web.Response:
         """``{"worker"}``: what it held when it ended is lost; it is back and knows nothing of it."""
         posted = fields_of(await read_json(request), frozenset(("worker",)), "the message")
-        worker = _text(posted, "worker")
+        worker = text_of(posted, "worker")
         if not worker:
             raise InvalidInput("the message lacks 'worker', the name that the attempts were claimed with")
         lost = await self._access.write(lambda store: store.abandon_worker(worker))
@@ -200,8 +200,8 @@ class TaskRoutes:
 
     def _reason(self, posted: dict[str, Any]) -> str | None:
         """The reason as it may be written: without what rules find."""
-        reason = _text(posted, "reason")
-        return _text(self._access.kept({"reason": reason}, "reason"), "reason")
+        reason = text_of(posted, "reason")
+        return text_of(self._access.kept({"reason": reason}, "reason"), "reason")
 
     def _assignment(self, given: Assignment) -> dict[str, Any]:
         self._attributor.remember(given.api_key, KeyOwner(given.rollout_id, given.attempt))
@@ -248,13 +248,6 @@ def _attempt(request: web.Request) -> tuple[str, int]:
     if number == 0:
         raise UnknownTarget("attempts are counted from 1")
     return request.match_info["rollout_id"], number
-
-
-def _text(posted: dict[str, Any], name: str) -> str | None:
-    value = posted.get(name)
-    if value is not None and not isinstance(value, str):
-        raise InvalidInput(f"{name} is {value!r:.80}: a text is needed")
-    return value
 
 
 def _task_ids(posted: dict[str, Any]) -> list[str] | None:
