@@ -26,7 +26,8 @@ from lightning_proxy.config import RedactionSettings
 from lightning_proxy.errors import InvalidInput
 from lightning_proxy.store import Fidelity, Generation, Span
 
-from .paths import changed_at, json_inside
+from .inside import changed_inside, json_inside, names_twice, unescaped
+from .paths import changed_at
 from .rules import Rule
 
 Json: TypeAlias = dict[str, Any]
@@ -107,19 +108,22 @@ class Redactor:
         taken = _Taken()
         asked = request or _asked(span.request)
         answered = None if span.response is None else _answered(span.response)
+        used = None if span.usage is None else {"usage": dict(span.usage)}
         patterns = [rule for rule in rules if rule.path is None]
-        new = [
-            self._by_rules(for_request, asked, taken),
-            self._by_rules(for_response, answered, taken),
-            self._by_rules(patterns, span.sampling, taken),
-            self._by_rules(patterns, span.error, taken),
-            self._by_rules(patterns, span.model, taken),
-            self._by_rules(patterns, span.response_id, taken),
-            self._by_rules(patterns, None if span.usage is None else {"usage": dict(span.usage)}, taken),
-        ]
+        others = (span.sampling, span.error, span.model, span.response_id, used)
+        given = (asked, answered, *others)
+        rules_of = (for_request, for_response, *[patterns for _ in others])
+        new = [self._by_rules(of, value, taken) for of, value in zip(rules_of, given, strict=True)]
         if texts := self._texts(span.rollout_id, taken):
             repeated = _Literals(texts, taken)
             new = [repeated.value(each) for each in new]
+        twice = _twice(span.request, asked) if for_request or texts else False
+        if (
+            twice
+            or ((for_response or texts) and _twice(span.response, answered))
+            or (not taken.names and any(made is not value for made, value in zip(new, given, strict=True)))
+        ):
+            taken.names[UNREAD] = None  # of a name that stands twice the record keeps the last value
         new_asked, new_answered, sampling, error, model, response_id, used = new
         if for_request and isinstance(asked, dict) and _refers(asked):
             taken.names[UNREAD] = None
@@ -131,7 +135,7 @@ class Redactor:
             return span
         return replace(
             _without_token_data(span if used is None else replace(span, usage=used["usage"]), taken.names),
-            request=span.request if new_asked is asked else _dumped(new_asked),
+            request=span.request if new_asked is asked and not twice else _dumped(new_asked),
             response=None if span.response is None else _dumped(_bare_answer(new_answered)),
             sampling=sampling,
             error=error,
@@ -266,19 +270,21 @@ class _Scan:
         mark = hash(text)
         if mark in self._clean or mark in self._clean_before:
             return text
-        made = text
-        if (inner := json_inside(text)) is not None:
-            new = self.value(inner, taken)
-            made = text if new is inner else orjson.dumps(new).decode()
-        for rule in self._rules:
-            found: list[str] = []
-            made = rule.replaced(made, found)
-            if found:
-                taken.by(rule, found)
+        made = self._replaced(changed_inside(text, lambda inner: self.value(inner, taken)), taken)
+        if (plain := unescaped(made)) != made and (new := self._replaced(plain, taken)) != plain:
+            made = new
         if made is text or made == text:
             self._note_clean(mark)
             return text
         return made
+
+    def _replaced(self, text: str, taken: _Taken) -> str:
+        for rule in self._rules:
+            found: list[str] = []
+            text = rule.replaced(text, found)
+            if found:
+                taken.by(rule, found)
+        return text
 
     def _number(self, number: int, taken: _Taken) -> Any:
         text = str(number)
@@ -321,18 +327,19 @@ class _Literals:
         return value
 
     def _text(self, text: str) -> str:
-        made = text
-        if (inner := json_inside(text)) is not None:
-            new = self.value(inner)
-            made = text if new is inner else orjson.dumps(new).decode()
-        for literal, replacement in self._texts.items():
-            if literal in made:
-                made = made.replace(literal, replacement)
-        if made == text:
-            return text
-        if not self._taken.names:
+        inner = changed_inside(text, self.value)
+        made = self._replaced(inner)
+        if (plain := unescaped(made)) != made and (new := self._replaced(plain)) != plain:
+            made = new
+        if made != inner and not self._taken.names:
             self._taken.names[REPEATED] = None
-        return made
+        return text if made == text else made
+
+    def _replaced(self, text: str) -> str:
+        for literal, replacement in self._texts.items():
+            if literal in text:
+                text = text.replace(literal, replacement)
+        return text
 
 
 # -- bodies and tokens -----------------------------------------------------------------------------
@@ -354,6 +361,11 @@ def _answered(body: bytes) -> Any:
         if body.lstrip()[:1] in (b"{", b"[", b'"'):
             raise
         return body.decode()
+
+
+def _twice(body: bytes | None, value: Any) -> bool:
+    """Whether a body that is JSON has two values of one name."""
+    return body is not None and isinstance(value, dict | list) and names_twice(body, value)
 
 
 def _dumped(value: Any) -> bytes:
