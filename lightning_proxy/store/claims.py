@@ -157,16 +157,22 @@ class Claims(Tasks):
                 self.finish_rollout(rollout_id, state, reason, error_class)
             return self.get_rollout(rollout_id)
 
-    def release_attempt(self, rollout_id: str, attempt: int, reason: str | None = None) -> None:
+    def release_attempt(self, rollout_id: str, attempt: int, reason: str | None = None) -> str | None:
         """Give an attempt back, as if it had not been: another follows, and it does not count.
 
-        One that has ended stays as it is. Raises ``UnknownTarget``.
+        One that has ended stays as it is, and how it ended is returned; ``None`` where it is given back,
+        also where it was before. Raises ``UnknownTarget``.
         """
         with self.transaction():
             row = self._pool_row(rollout_id)
             if row["attempt"] == attempt and row["state"] == "running":
                 self._end_attempt(row, RolloutState.CANCELLED, reason or "given back", None)
                 self._wait(row, tries=row["tries"], losses=row["losses"])
+                return None
+            ended = self._what_became_of(row, attempt)
+            sql = "SELECT state FROM attempts WHERE rollout_id = ? AND number = ?"
+            cancelled = self.scalar(sql, (rollout_id, attempt)) == RolloutState.CANCELLED.value
+            return None if cancelled and row["state"] != RolloutState.CANCELLED.value else ended
 
     def abandon_worker(self, worker: str) -> int:
         """What a worker holds is lost, as it says itself when it is back; returns how many attempts."""

@@ -86,9 +86,14 @@ def test_an_attempt_goes_its_way_by_heartbeat_and_finish(proxy: ProxyThread) -> 
 def test_an_attempt_is_given_back(proxy: ProxyThread) -> None:
     enqueue(proxy)
     [first] = claim(proxy)
-    api(proxy, f"rollouts/{first['rollout_id']}/attempts/1/release", {"reason": "going home"})
+    attempts = f"rollouts/{first['rollout_id']}/attempts"
+    released = api(proxy, f"{attempts}/1/release", {"reason": "going home"})
+    assert released == {"released": True, "reason": None}
     [second] = claim(proxy)
     assert (second["rollout_id"], second["attempt"]) == (first["rollout_id"], 2)
+    api(proxy, f"{attempts}/2/finish", {"state": "succeeded"})
+    released = api(proxy, f"{attempts}/2/release", {})
+    assert released == {"released": False, "reason": "it ended as succeeded"}
 
 
 def test_a_worker_that_is_back_gets_its_attempts_again(proxy: ProxyThread) -> None:

@@ -147,12 +147,27 @@ def test_an_attempt_that_is_given_back_does_not_count(store: Store) -> None:
     given = claim(store)
     for attempt in range(1, 6):
         assert (given.attempt, given.rollout_id) == (attempt, given.rollout_id)
-        store.release_attempt(given.rollout_id, attempt, "the runner was stopped")
-        store.release_attempt(given.rollout_id, attempt)
+        for _ in range(2):  # said again
+            assert store.release_attempt(given.rollout_id, attempt, "the runner was stopped") is None
         given = claim(store)
-    store.release_attempt(given.rollout_id, 1)  # long gone
+    assert store.release_attempt(given.rollout_id, 1) is None  # long ago
     store.finish_attempt(given.rollout_id, given.attempt, SUCCEEDED)
     assert ends(store, given.rollout_id) == [("cancelled", None)] * 5 + [("succeeded", None)]
+
+
+def test_an_attempt_that_has_ended_is_not_given_back_and_it_is_said_how_it_ended(store: Store) -> None:
+    enqueue(store, group_size=3, max_attempts=2)
+    done, failed, cancelled = (claim(store) for _ in range(3))
+    store.finish_attempt(done.rollout_id, 1, SUCCEEDED)
+    assert store.release_attempt(done.rollout_id, 1) == "it ended as succeeded"
+    fail(store, failed)
+    assert store.release_attempt(failed.rollout_id, 1) == "it ended as failed (exit code 1)"
+    claim(store, "other")
+    said = store.release_attempt(failed.rollout_id, 1)
+    assert said == "it ended as failed (exit code 1), and attempt 2 was given to other"
+    store.finish_rollout(cancelled.rollout_id, CANCELLED, "no more")
+    assert store.release_attempt(cancelled.rollout_id, 1) == "it ended as cancelled (no more)"
+    assert ends(store, done.rollout_id) == [("succeeded", None)]
 
 
 # --- silence, time, loss ----------------------------------------------------------------------------
@@ -325,8 +340,9 @@ def test_an_attempt_that_never_was_is_unknown(store: Store) -> None:
             look("nobody", 1)
     with pytest.raises(UnknownTarget, match="no attempt 7"):
         store.finish_attempt(given.rollout_id, 7, SUCCEEDED)
-    with pytest.raises(UnknownTarget, match="no attempt 7"):
-        store.heartbeat_attempt(given.rollout_id, 7)
+    for look in (store.heartbeat_attempt, store.release_attempt):
+        with pytest.raises(UnknownTarget, match="no attempt 7"):
+            look(given.rollout_id, 7)
 
 
 _WORKER = """

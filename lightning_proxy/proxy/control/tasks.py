@@ -180,13 +180,13 @@ class TaskRoutes:
         return answer(as_json(rollout))
 
     async def release(self, request: web.Request) -> web.Response:
-        """``{"reason"?}``: give an attempt back; it does not count."""
+        """``{"reason"?}``: give an attempt back; it does not count. One that has ended stays as it is."""
         posted = fields_of(await read_json(request, empty={}), frozenset(("reason",)), "the release")
         rollout_id, attempt = _attempt(request)
         reason = self._reason(posted)
-        await self._access.write(lambda store: store.release_attempt(rollout_id, attempt, reason))
+        ended = await self._access.write(lambda store: store.release_attempt(rollout_id, attempt, reason))
         await self._tell()
-        return answer({"released": True})
+        return answer({"released": ended is None, "reason": ended})
 
     async def abandon(self, request: web.Request) -> web.Response:
         """``{"worker"}``: what it held when it ended is lost; it is back and knows nothing of it."""
