@@ -69,7 +69,7 @@ def test_an_attempt_goes_its_way_by_heartbeat_and_finish(proxy: ProxyThread) -> 
     end = {"state": "failed", "exit_code": 3}
     for _ in range(2):
         assert api(proxy, f"{attempt}/finish", end)["state"] == "open"
-    [second] = claim(proxy)
+    [second] = claim(proxy, wait_s=20)
     assert (second["rollout_id"], second["attempt"]) == (first["rollout_id"], 2)
     assert second["base_url"].endswith("/attempt/2/v1")
     assert api(proxy, f"{attempt}/heartbeat", {})["stop"]
@@ -115,6 +115,21 @@ def test_a_claim_waits_for_work(proxy: ProxyThread) -> None:
     assert [each["task_id"] for each in got] == ["a"]
     assert time.monotonic() - begun < 10
     assert claim(proxy, wait_s=0.1) == []
+
+
+def test_a_claim_waits_for_the_end_of_a_pause_and_no_longer(
+    proxy: ProxyThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_proxy.proxy.control.tasks._LOOK_AGAIN_S", 20.0)
+    monkeypatch.setattr("lightning_proxy.store.claims.FIRST_PAUSE_S", 1.0)
+    enqueue(proxy, max_attempts=2)
+    [first] = claim(proxy)
+    api(proxy, f"rollouts/{first['rollout_id']}/attempts/1/finish", {"state": "failed"})
+    assert claim(proxy) == []
+    begun = time.monotonic()
+    [second] = claim(proxy, wait_s=20)
+    assert (second["rollout_id"], second["attempt"]) == (first["rollout_id"], 2)
+    assert time.monotonic() - begun < 10
 
 
 def test_the_silent_and_the_late_are_failed_while_nobody_claims(proxy: ProxyThread) -> None:

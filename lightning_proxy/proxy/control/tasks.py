@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_proxy.store import (
     KeyOwner,
     Prefer,
     RolloutState,
+    Store,
     TaskState,
     TaskSummary,
     as_json,
@@ -34,6 +36,7 @@ _FINISH_FIELDS = frozenset(("state", "reason", "error_class", "exit_code"))
 _LONGEST_WAIT_S = 30.0
 _MOST_AT_ONCE = 1000
 _LOOK_AGAIN_S = 1.0  # while a claim waits: another process may have changed the pool
+_SHORTEST_WAIT_S = 0.01
 _SWEEP_S = 2.0
 
 
@@ -138,16 +141,18 @@ class TaskRoutes:
         prefer, task_ids = optional_choice(Prefer, posted.get("prefer"), "preference"), _task_ids(posted)
         lease_s = _seconds(posted, "lease_s", 60.0)
         deadline = asyncio.get_running_loop().time() + min(_seconds(posted, "wait_s", 0.0), _LONGEST_WAIT_S)
+
+        def claim(store: Store) -> tuple[list[Assignment], float | None]:
+            given = store.claim_tasks(worker, limit=limit, lease_s=lease_s, prefer=prefer, task_ids=task_ids)
+            return given, None if given else store.next_retry_at()
+
         while True:
-            given = await self._access.write(
-                lambda store: store.claim_tasks(
-                    worker, limit=limit, lease_s=lease_s, prefer=prefer, task_ids=task_ids
-                )
-            )
+            given, retry_at = await self._access.write(claim)
             left_s = deadline - asyncio.get_running_loop().time()
             if given or left_s <= 0:
                 return answer({"assignments": [self._assignment(each) for each in given]})
-            await self._wait(min(left_s, _LOOK_AGAIN_S))
+            pause_s = _LOOK_AGAIN_S if retry_at is None else max(retry_at - time.time(), _SHORTEST_WAIT_S)
+            await self._wait(min(left_s, pause_s, _LOOK_AGAIN_S))
 
     async def heartbeat(self, request: web.Request) -> web.Response:
         """``{"lease_s"?, "alive"?}`` -> ``{"stop", "reason", "lease_expires_at"}``."""
