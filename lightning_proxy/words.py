@@ -12,7 +12,9 @@ class Fidelity(StrEnum):
     """How exact the token data of a span is, best first."""
 
     EXACT = "exact"  # the engine's own token ids and logprobs
-    RETOKENIZED = "retokenized"  # ids recomputed and verified to decode to the same text
+    # Ids recomputed and verified to decode to the same text. Nothing here makes such spans: it is the word
+    # for what other programs write into the store.
+    RETOKENIZED = "retokenized"
     TEXT = "text"  # no token ids
     INCOMPLETE = "incomplete"  # capture was cut
 

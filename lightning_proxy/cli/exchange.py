@@ -74,7 +74,11 @@ VersionsOption = Annotated[
     list[int] | None, typer.Option("--policy-version", help="Only calls to these versions of it.")
 ]
 FidelitiesOption = Annotated[
-    list[Fidelity] | None, typer.Option("--fidelity", help="Only calls of this fidelity.")
+    list[Fidelity] | None,
+    typer.Option(
+        "--fidelity",
+        help="Only calls of this fidelity. Neither serve nor import makes retokenized ones.",
+    ),
 ]
 
 

@@ -248,7 +248,12 @@ class GuardSettings(Table):
         le=1,
         description="Smallest share of groups whose returns differ; below it the run makes no update.",
     )
-    window: int = Field(default=20, ge=2, description="Runs that are looked back on.")
+    window: int = Field(
+        default=20,
+        ge=2,
+        description="Runs that are looked back on, of those that saw rollouts of their version for the first "
+        "time.",
+    )
     roll_back: bool = Field(
         default=False,
         description="After a drop of reward or a rise of entropy, go back to the best version.",

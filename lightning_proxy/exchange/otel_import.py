@@ -352,7 +352,7 @@ class _Importer:
                 value=float(value),
                 name=str(event.attributes.get("gen_ai.evaluation.name") or "reward"),
                 source=event.attributes.get("lightning.reward.source") or "otel",
-                comment=comment if self._redactor is None else self._redactor.value(comment),
+                comment=self._redactor.text(comment) if self._redactor and comment else comment,
                 idempotency_key=f"otel-{traced.trace_id}-{traced.span_id}-{number}",
             )
             self.report.rewards += new

@@ -367,7 +367,7 @@ class Forwarder:
                 self._metrics.redacted.labels(rule).inc()
         if call.fault is not None:
             self._metrics.capture_faults.labels("unreadable_answer").inc()
-            fault = call.fault if self._redactor is None else self._redactor.value(call.fault)
+            fault = call.fault if self._redactor is None else self._redactor.text(call.fault)
             self._recorder.mark_incomplete(span.rollout_id, f"a call could not be read: {fault}")
 
 

@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 
 import orjson
 
+from .inside import changed_inside
+
 
 class Every(Enum):
     """Steps that are no name and no number."""
@@ -73,7 +75,7 @@ def changed_at(value: Any, steps: tuple[Step, ...], change: Callable[[Any], Any]
     if not steps:
         return change(value)
     if isinstance(value, str):
-        return _inside_text(value, steps, change)
+        return changed_inside(value, lambda inner: changed_at(inner, steps, change))
     step, rest = steps[0], steps[1:]
     if step is Every.DEPTH:
         value = changed_at(value, rest, change)
@@ -98,22 +100,3 @@ def _mapped(value: Any, fits: Callable[[str | int], bool], change: Callable[[Any
         items = [change(item) if fits(number) else item for number, item in enumerate(value)]
         return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
     return value
-
-
-def _inside_text(text: str, steps: tuple[Step, ...], change: Callable[[Any], Any]) -> str:
-    inner = json_inside(text)
-    if inner is None:
-        return text
-    made = changed_at(inner, steps, change)
-    return text if made is inner else orjson.dumps(made).decode()
-
-
-def json_inside(text: str) -> Any:
-    """The object or list that a text is in JSON; ``None`` where it is none."""
-    if text.lstrip(" \t\r\n")[:1] not in ("{", "["):
-        return None
-    try:
-        value = orjson.loads(text)
-    except (orjson.JSONDecodeError, RecursionError):
-        return None
-    return value if isinstance(value, dict | list) else None

@@ -23,17 +23,21 @@ from typing import Any, TypeAlias
 import orjson
 
 from lightning_proxy.config import RedactionSettings
+from lightning_proxy.errors import InvalidInput
 from lightning_proxy.store import Fidelity, Generation, Span
 
-from .paths import changed_at, json_inside
+from .inside import changed_inside, json_inside, names_twice, unescaped
+from .paths import changed_at
 from .rules import Rule
 
 Json: TypeAlias = dict[str, Any]
 log = logging.getLogger(__name__)
 
+REDACTED = "[redacted]"  # in place of a text that cannot be searched
 REPEATED = "repeated"  # in place of a rule's name: what a rule took out of an earlier call of the rollout
 UNREAD = "unread"  # its tokens may say more than its texts do: a cut answer, a history that is elsewhere
 
+_UNSEARCHABLE = (RecursionError, ValueError, TypeError)  # nested deeper than Python walks, or orjson writes
 _SHORTEST_REPEATED = 4  # characters: what is shorter stands in other texts by chance
 _MOST_ROLLOUTS = 2_000  # whose texts are remembered
 _MOST_LETTERS = 65_536  # of them per rollout
@@ -70,15 +74,30 @@ class Redactor:
         """
         try:
             return self._span(span, request)
-        except (RecursionError, ValueError, TypeError) as error:
+        except _UNSEARCHABLE as error:
             log.warning("a span of rollout %s could not be redacted, and is kept without its texts: %r",
                         span.rollout_id, error)  # fmt: skip
             return replace(_without_texts(span), response_id=self._kept_id(span))
 
     def value(self, value: Any) -> Any:
-        """Something that is no span (a comment, metadata), by the rules that are patterns for all roles."""
+        """Something that is no span (a comment, metadata), by the rules that are patterns for all roles.
+
+        Raises ``InvalidInput`` where it is nested too deeply, itself or as JSON in its texts.
+        """
         rules = [rule for rule in self._rules if rule.path is None and not rule.roles]
-        return self._by_rules(rules, value, _Taken())
+        try:
+            return self._by_rules(rules, value, _Taken())
+        except _UNSEARCHABLE as error:
+            raise InvalidInput(f"nested too deeply for [[redaction]] to search it ({error})") from error
+
+    def text(self, text: str) -> str:
+        """A text that nobody waits for to be told about, by the same rules; never raises."""
+        try:
+            made: str = self.value(text)
+        except InvalidInput as error:
+            log.warning("a text is kept as %s: it is %s", REDACTED, error)
+            return REDACTED
+        return made
 
     def _span(self, span: Span, request: Any) -> Span:
         rules = [rule for rule in self._rules if rule.is_for(span.role)]
@@ -89,19 +108,22 @@ class Redactor:
         taken = _Taken()
         asked = request or _asked(span.request)
         answered = None if span.response is None else _answered(span.response)
+        used = None if span.usage is None else {"usage": dict(span.usage)}
         patterns = [rule for rule in rules if rule.path is None]
-        new = [
-            self._by_rules(for_request, asked, taken),
-            self._by_rules(for_response, answered, taken),
-            self._by_rules(patterns, span.sampling, taken),
-            self._by_rules(patterns, span.error, taken),
-            self._by_rules(patterns, span.model, taken),
-            self._by_rules(patterns, span.response_id, taken),
-            self._by_rules(patterns, None if span.usage is None else {"usage": dict(span.usage)}, taken),
-        ]
+        others = (span.sampling, span.error, span.model, span.response_id, used)
+        given = (asked, answered, *others)
+        rules_of = (for_request, for_response, *[patterns for _ in others])
+        new = [self._by_rules(of, value, taken) for of, value in zip(rules_of, given, strict=True)]
         if texts := self._texts(span.rollout_id, taken):
             repeated = _Literals(texts, taken)
             new = [repeated.value(each) for each in new]
+        twice = _twice(span.request, asked) if for_request or texts else False
+        if (
+            twice
+            or ((for_response or texts) and _twice(span.response, answered))
+            or (not taken.names and any(made is not value for made, value in zip(new, given, strict=True)))
+        ):
+            taken.names[UNREAD] = None  # of a name that stands twice the record keeps the last value
         new_asked, new_answered, sampling, error, model, response_id, used = new
         if for_request and isinstance(asked, dict) and _refers(asked):
             taken.names[UNREAD] = None
@@ -113,7 +135,7 @@ class Redactor:
             return span
         return replace(
             _without_token_data(span if used is None else replace(span, usage=used["usage"]), taken.names),
-            request=span.request if new_asked is asked else _dumped(new_asked),
+            request=span.request if new_asked is asked and not twice else _dumped(new_asked),
             response=None if span.response is None else _dumped(_bare_answer(new_answered)),
             sampling=sampling,
             error=error,
@@ -128,7 +150,7 @@ class Redactor:
             taken = _Taken()
             made = self._by_rules(rules, span.response_id, taken)
             made = _Literals(self._remembered.get(span.rollout_id, {}), taken).value(made)
-        except RecursionError:
+        except _UNSEARCHABLE:
             return None
         return span.response_id if made == span.response_id else None
 
@@ -248,19 +270,21 @@ class _Scan:
         mark = hash(text)
         if mark in self._clean or mark in self._clean_before:
             return text
-        made = text
-        if (inner := json_inside(text)) is not None:
-            new = self.value(inner, taken)
-            made = text if new is inner else orjson.dumps(new).decode()
-        for rule in self._rules:
-            found: list[str] = []
-            made = rule.replaced(made, found)
-            if found:
-                taken.by(rule, found)
+        made = self._replaced(changed_inside(text, lambda inner: self.value(inner, taken)), taken)
+        if (plain := unescaped(made)) != made and (new := self._replaced(plain, taken)) != plain:
+            made = new
         if made is text or made == text:
             self._note_clean(mark)
             return text
         return made
+
+    def _replaced(self, text: str, taken: _Taken) -> str:
+        for rule in self._rules:
+            found: list[str] = []
+            text = rule.replaced(text, found)
+            if found:
+                taken.by(rule, found)
+        return text
 
     def _number(self, number: int, taken: _Taken) -> Any:
         text = str(number)
@@ -303,18 +327,19 @@ class _Literals:
         return value
 
     def _text(self, text: str) -> str:
-        made = text
-        if (inner := json_inside(text)) is not None:
-            new = self.value(inner)
-            made = text if new is inner else orjson.dumps(new).decode()
-        for literal, replacement in self._texts.items():
-            if literal in made:
-                made = made.replace(literal, replacement)
-        if made == text:
-            return text
-        if not self._taken.names:
+        inner = changed_inside(text, self.value)
+        made = self._replaced(inner)
+        if (plain := unescaped(made)) != made and (new := self._replaced(plain)) != plain:
+            made = new
+        if made != inner and not self._taken.names:
             self._taken.names[REPEATED] = None
-        return made
+        return text if made == text else made
+
+    def _replaced(self, text: str) -> str:
+        for literal, replacement in self._texts.items():
+            if literal in text:
+                text = text.replace(literal, replacement)
+        return text
 
 
 # -- bodies and tokens -----------------------------------------------------------------------------
@@ -336,6 +361,11 @@ def _answered(body: bytes) -> Any:
         if body.lstrip()[:1] in (b"{", b"[", b'"'):
             raise
         return body.decode()
+
+
+def _twice(body: bytes | None, value: Any) -> bool:
+    """Whether a body that is JSON has two values of one name."""
+    return body is not None and isinstance(value, dict | list) and names_twice(body, value)
 
 
 def _dumped(value: Any) -> bytes:
@@ -373,7 +403,7 @@ def _without_texts(span: Span) -> Span:
         _without_token_data(span, (UNREAD,)),
         request=b"{}",
         response=None if span.response is None else b"{}",
-        error=None if span.error is None else "[redacted]",
+        error=None if span.error is None else REDACTED,
         model=None,
         sampling={},
     )

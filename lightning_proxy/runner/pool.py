@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from lightning_proxy.client.proxy import ProxyClient
-from lightning_proxy.errors import EngineRefused, EngineUnreachable, StoreUnavailable
+from lightning_proxy.errors import Conflict, EngineRefused, EngineUnreachable, StoreUnavailable
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -53,8 +53,10 @@ class Pool:
         return rollout
 
     def release(self, given: dict[str, Any], reason: str) -> None:
-        """Give an attempt back."""
-        self.proxy.request("POST", _path(given, "release"), {"reason": reason})
+        """Give an attempt back. Raises ``Conflict`` where it has ended."""
+        answer = self.proxy.request("POST", _path(given, "release"), {"reason": reason})
+        if not answer["released"]:
+            raise Conflict(f"not given back: {answer['reason']}")
 
     def abandon(self) -> int:
         """What a former runner of our name held is lost."""

@@ -7,10 +7,14 @@ never get the same attempt, and no round gets more rollouts than its task asks f
 What counts against ``max_attempts``: attempts that failed. What does not: attempts that were given
 back, and the first ``FORGIVEN_LOSSES`` of a rollout whose worker was lost, for that says nothing of
 the agent (unless it is the agent that takes its worker down, time and again).
+
+After a failure that counts, the next attempt is handed out after a pause that doubles with each: what is
+overloaded, or just starting, gets time to recover. What was given back or lost follows at once.
 """
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -27,6 +31,8 @@ from lightning_proxy.store.tasks import LACKING, Tasks, task_from
 from lightning_proxy.words import RolloutState, TaskState
 
 FORGIVEN_LOSSES = 10
+FIRST_PAUSE_S = 0.5  # before the second try; twice as long before each further one
+LONGEST_PAUSE_S = 60.0
 
 _RANKS = "CASE t.standing WHEN 'mixed' THEN 0 WHEN 'unseen' THEN 1 ELSE 2 END, "
 _CANDIDATES = f"""
@@ -34,12 +40,14 @@ SELECT t.*, {LACKING} AS lacking,
   EXISTS (SELECT 1 FROM task_rollouts AS p WHERE p.task_id = t.task_id AND p.round = t.round) AS begun
 FROM tasks AS t WHERE t.state = 'open' {{only}}
   AND ({LACKING} > 0 OR EXISTS (SELECT 1 FROM task_rollouts AS p
-                                WHERE p.task_id = t.task_id AND p.state = 'waiting'))
+                                WHERE p.task_id = t.task_id AND p.state = 'waiting'
+                                  AND coalesce(p.not_before, 0) <= ?))
 ORDER BY t.priority DESC, {{ranks}}t.round, t.position LIMIT ?"""
 _ONLY = "AND t.task_id IN (SELECT value FROM json_each(?))"
 _WAITING = """
 SELECT rollout_id, attempt FROM task_rollouts
-WHERE task_id = ? AND state = 'waiting' ORDER BY round, rollout_id LIMIT ?"""
+WHERE task_id = ? AND state = 'waiting' AND coalesce(not_before, 0) <= ? ORDER BY round, rollout_id LIMIT ?"""
+_NEXT_RETRY = "SELECT min(not_before) FROM task_rollouts WHERE state = 'waiting' AND not_before > ?"
 _ADD = """
 INSERT INTO task_rollouts (rollout_id, task_id, round, state, attempt, tries, losses, worker, claimed_at,
   lease_s, lease_expires_at, alive_at)
@@ -80,14 +88,20 @@ class Claims(Tasks):
         given: list[Assignment] = []
         with self.transaction():
             self.sweep_tasks()
+            now = time.time()
             while len(given) < limit:
-                rows = self._candidates(limit, prefer, task_ids)
+                rows = self._candidates(limit, now, prefer, task_ids)
                 for row in rows:
                     if len(given) < limit and not (prefer and self._skip(row)):
-                        given += self._claim(row, worker, limit - len(given), lease_s, expires_at)
+                        given += self._claim(row, worker, limit - len(given), now, lease_s, expires_at)
                 if not rows:
                     break
         return given
+
+    def next_retry_at(self) -> float | None:
+        """When the next pause before another attempt is over; ``None`` where there is none."""
+        at: float | None = self.scalar(_NEXT_RETRY, (time.time(),))
+        return at
 
     def heartbeat_attempt(
         self, rollout_id: str, attempt: int, *, lease_s: float | None = None, alive: bool = True
@@ -157,16 +171,22 @@ class Claims(Tasks):
                 self.finish_rollout(rollout_id, state, reason, error_class)
             return self.get_rollout(rollout_id)
 
-    def release_attempt(self, rollout_id: str, attempt: int, reason: str | None = None) -> None:
+    def release_attempt(self, rollout_id: str, attempt: int, reason: str | None = None) -> str | None:
         """Give an attempt back, as if it had not been: another follows, and it does not count.
 
-        One that has ended stays as it is. Raises ``UnknownTarget``.
+        One that has ended stays as it is, and how it ended is returned; ``None`` where it is given back,
+        also where it was before. Raises ``UnknownTarget``.
         """
         with self.transaction():
             row = self._pool_row(rollout_id)
             if row["attempt"] == attempt and row["state"] == "running":
                 self._end_attempt(row, RolloutState.CANCELLED, reason or "given back", None)
                 self._wait(row, tries=row["tries"], losses=row["losses"])
+                return None
+            ended = self._what_became_of(row, attempt)
+            sql = "SELECT state FROM attempts WHERE rollout_id = ? AND number = ?"
+            cancelled = self.scalar(sql, (rollout_id, attempt)) == RolloutState.CANCELLED.value
+            return None if cancelled and row["state"] != RolloutState.CANCELLED.value else ended
 
     def abandon_worker(self, worker: str) -> int:
         """What a worker holds is lost, as it says itself when it is back; returns how many attempts."""
@@ -204,11 +224,11 @@ class Claims(Tasks):
     # -- claiming --------------------------------------------------------------------------------
 
     def _candidates(
-        self, limit: int, prefer: Prefer | None, task_ids: Sequence[str] | None
+        self, limit: int, now: float, prefer: Prefer | None, task_ids: Sequence[str] | None
     ) -> list[sqlite3.Row]:
         values: list[Any] = [] if task_ids is None else [orjson.dumps(list(task_ids)).decode()]
         sql = _CANDIDATES.format(only="" if task_ids is None else _ONLY, ranks=_RANKS if prefer else "")
-        return self.rows(sql, (*values, limit))
+        return self.rows(sql, (*values, now, limit))
 
     def _skip(self, row: sqlite3.Row) -> bool:
         """Leave out a round that has not begun and promises nothing; true where it was left out."""
@@ -233,12 +253,11 @@ class Claims(Tasks):
         return skipped
 
     def _claim(
-        self, row: sqlite3.Row, worker: str, limit: int, lease_s: float, expires_at: float
+        self, row: sqlite3.Row, worker: str, limit: int, now: float, lease_s: float, expires_at: float
     ) -> list[Assignment]:
         task = task_from(row)
-        now = time.time()
         given: list[tuple[str, int]] = []
-        for waiting in self.rows(_WAITING, (task.task_id, limit)):
+        for waiting in self.rows(_WAITING, (task.task_id, now, limit)):
             attempt = waiting["attempt"] + 1
             self.connection.execute(
                 _CLAIM_AGAIN, (attempt, worker, now, lease_s, expires_at, now, waiting["rollout_id"])
@@ -289,7 +308,7 @@ class Claims(Tasks):
         again = tries < task["max_attempts"] and error_class.value in orjson.loads(task["retry_on"])
         if forgiven or again:
             self._end_attempt(row, RolloutState.FAILED, reason, error_class)
-            self._wait(row, tries=tries, losses=losses)
+            self._wait(row, tries=tries, losses=losses, pause_s=0.0 if forgiven else _pause_s(tries))
         else:
             self.finish_rollout(row["rollout_id"], RolloutState.FAILED, reason, error_class)
 
@@ -300,10 +319,12 @@ class Claims(Tasks):
         values = (state.value, time.time(), reason, failure, row["rollout_id"], row["attempt"])
         self.connection.execute(_END_ATTEMPT, values)
 
-    def _wait(self, row: sqlite3.Row, *, tries: int, losses: int) -> None:
+    def _wait(self, row: sqlite3.Row, *, tries: int, losses: int, pause_s: float = 0.0) -> None:
+        not_before = time.time() + pause_s if pause_s else None
         self.connection.execute(
-            "UPDATE task_rollouts SET state = 'waiting', tries = ?, losses = ? WHERE rollout_id = ?",
-            (tries, losses, row["rollout_id"]),
+            "UPDATE task_rollouts SET state = 'waiting', tries = ?, losses = ?, not_before = ? "
+            "WHERE rollout_id = ?",
+            (tries, losses, not_before, row["rollout_id"]),
         )
 
     # -- what there is -----------------------------------------------------------------------------
@@ -344,3 +365,9 @@ class Claims(Tasks):
         if row["attempt"] != attempt:
             how += f", and attempt {row['attempt']} was given to {row['worker']}"
         return how
+
+
+def _pause_s(tries: int) -> float:
+    """Before the next attempt, after so many that failed; drawn, so that those that failed together part."""
+    longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(tries - 1, 30))
+    return longest * random.uniform(0.5, 1.0)

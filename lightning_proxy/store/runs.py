@@ -107,6 +107,10 @@ _RECENT = """
 SELECT c.rollout_id, c.attempt FROM training_runs AS t CROSS JOIN consumptions AS c
 ON c.run_id = t.run_id AND c.group_key = ?
 WHERE t.policy = ? AND t.state = 'committed' ORDER BY t.run_id DESC, c.rollout_id"""
+_REWARDS_SEEN = """
+SELECT report FROM training_runs
+WHERE policy = ? AND state = 'committed' AND report ->> '$.rewards' IS NOT NULL
+ORDER BY run_id DESC LIMIT ?"""
 _CALLS = """
 SELECT span_id, role FROM spans
 WHERE rollout_id = ? AND attempt = ? AND policy = ? AND error_class IS NULL ORDER BY started_at, span_id"""
@@ -275,6 +279,11 @@ class Runs(Rewards, Policies):
         sql = f"SELECT * FROM training_runs {where} ORDER BY run_id DESC LIMIT ?"
         rows = self.rows(sql, (*parameters, limit))
         return [_run_from(row) for row in rows]
+
+    def reports_with_rewards(self, policy: str, limit: int) -> list[Mapping[str, Any]]:
+        """Reports of committed runs that say what rewards they saw, newest first."""
+        rows = self.rows(_REWARDS_SEEN, (policy, limit))
+        return [orjson.loads(row["report"]) for row in rows]
 
     def backlog(self, policy: str, *, demonstrated: bool = False) -> Backlog:
         """What waits for the policy's next run. A run in progress holds what it drained: not counted.

@@ -124,7 +124,7 @@ class PoolProgress:
     tasks: int
     tasks_open: int
     tasks_cancelled: int
-    rollouts: int  # that were asked for, cancelled tasks and skipped rounds left out
+    rollouts: int  # that there are and will be, cancelled ones left out: those that have ended are never more
     running: int
     waiting: int
     succeeded: int

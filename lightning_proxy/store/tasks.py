@@ -44,18 +44,17 @@ _COUNTS = "SELECT state, count(*) AS n FROM task_rollouts WHERE task_id = ? GROU
 # How many rollouts of its present round a task still lacks; those that wait for an attempt are there.
 LACKING = """(t.group_size - (SELECT count(*) FROM task_rollouts AS p
   WHERE p.task_id = t.task_id AND p.round = t.round AND p.state <> 'cancelled'))"""
-_TO_DO = f"""
-SELECT max(0, {LACKING}) + (t.rounds - t.round) * t.group_size FROM tasks AS t
-WHERE t.task_id = ? AND t.state = 'open'"""
+# Rollouts that an open task is still to have: groups and rounds may have been made fewer meanwhile.
+_LEFT = f"(max(0, {LACKING}) + max(0, t.rounds - t.round) * t.group_size)"
+_TO_DO = f"SELECT {_LEFT} FROM tasks AS t WHERE t.task_id = ? AND t.state = 'open'"
 _ENDED = """
 SELECT rollout_id, attempt FROM task_rollouts
 WHERE task_id = ? AND state IN ('succeeded', 'failed') ORDER BY ended_at DESC, rollout_id"""
-_PROGRESS = """
+_PROGRESS = f"""
 SELECT count(*) AS tasks, total(state = 'open') AS tasks_open, total(state = 'cancelled') AS tasks_cancelled,
-  total(CASE WHEN state <> 'cancelled' THEN group_size * (rounds - skipped_solved - skipped_hopeless) END)
-    AS rollouts,
+  total(CASE WHEN state = 'open' THEN {_LEFT} END) AS to_do,
   total(skipped_solved) AS skipped_solved, total(skipped_hopeless) AS skipped_hopeless
-FROM tasks AS t WHERE {which}"""
+FROM tasks AS t WHERE {{which}}"""
 _PROGRESS_OF_ROLLOUTS = """
 SELECT p.state, p.error_class, count(*) AS n FROM task_rollouts AS p WHERE {which} GROUP BY 1, 2"""
 
@@ -130,7 +129,8 @@ class Tasks(Failures):
             states[state] += count
             if state == "failed":
                 by_class[error_class or "unknown"] = count
-        return PoolProgress(**tasks, **states, failed_by_class=by_class)
+        rollouts = tasks.pop("to_do") + sum(states.values()) - states["cancelled"]
+        return PoolProgress(**tasks, rollouts=rollouts, **states, failed_by_class=by_class)
 
     def returns_of_task(self, task_id: str, most: int) -> list[float]:
         """Returns of its last rewarded rollouts that have ended, newest first, ``most`` at most."""

@@ -166,12 +166,14 @@ def terms_of(settings: Settings, parent: PolicyVersion | None, *, sampled: bool 
 def look_at(rollouts: Iterable[TrainableRollout], version: int, *, but: Collection[str] = ()) -> Look | None:
     """At the rollouts of which every trainable call was answered by this version.
 
-    Without those that are given back (``but``): the run that uses them sees them, and no other.
+    Each is looked at once, by the first run that uses it: neither by those that give it back (``but``), nor
+    by those to which a late reward brings it again.
     """
     own = [
         rollout
         for rollout in rollouts
         if rollout.rollout_id not in but
+        and not rollout.again
         and all(transition.sampled_by == version for transition in rollout.transitions)
     ]
     if len(own) < 2:

@@ -4,11 +4,12 @@ By task id where there is one; else by the first prompt, to the token or normali
 rollouts whose prompt nobody else has, by a running baseline.
 
 A running baseline is REINFORCE's (Williams 1992), as a group: the rollouts of this run and the last returns
-of earlier ones of the same key, which count as ``baseline_only``. The key is the role of the first call and
-``baseline_key`` of the rollout's metadata, where there is one; the policy is that of the run. As in every
-group of GRPO a rollout is part of its own mean, which shrinks the expected gradient by ``(n-1)/n`` for ``n``
-members: by 1/256 with a full window, by half for two. ``rloo`` leaves it out. The returns of earlier
-versions are a baseline too: it does not depend on the action, so it adds variance and no bias.
+of earlier ones of the same key, which count as ``baseline_only``. The key is the role of the first call to
+the policy in a role that is trained, whether that call is trained on or not, and ``baseline_key`` of the
+rollout's metadata, where there is one; the policy is that of the run. As in every group of GRPO a rollout is
+part of its own mean, which shrinks the expected gradient by ``(n-1)/n`` for ``n`` members: by 1/256 with a
+full window, by half for two. ``rloo`` leaves it out. The returns of earlier versions are a baseline too: it
+does not depend on the action, so it adds variance and no bias.
 """
 
 from __future__ import annotations
@@ -233,7 +234,9 @@ def _by_prompt(prompt_ids: array[int]) -> Group:
 
 
 def _running(rollout: TrainableRollout) -> Group:
-    key = rollout.transitions[0].role or "-"
+    # What can be trained on of a rollout must not decide whom it is compared with, as for first prompts.
+    first = rollout.steps[0] if rollout.steps else rollout.transitions[0]
+    key = first.role or "-"
     return Group(RUNNING, key if rollout.baseline_key is None else f"{key}/{rollout.baseline_key}")
 
 

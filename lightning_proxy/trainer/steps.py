@@ -177,9 +177,9 @@ class Pass:
         return guard.collapse(found.look, looks, settings, mixed=found.mixed, equal=found.equal)
 
     def _looks(self) -> list[Look]:
-        """What earlier runs saw, oldest first."""
-        runs = self.store.list_runs(self.policy, limit=self.settings.guard.window)
-        looks = [Look.at(run.report) for run in reversed(runs) if run.state is RunState.COMMITTED]
+        """What earlier runs saw, oldest first; one that saw nothing new has no place among them."""
+        reports = self.store.reports_with_rewards(self.policy, self.settings.guard.window)
+        looks = [Look.at(report) for report in reversed(reports)]
         return [look for look in looks if look is not None]
 
     def stop(self, lease: Lease, found: Chosen, collapse: Collapse) -> TrainReport:

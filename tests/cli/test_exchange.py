@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import lightning_proxy
 from lightning_proxy.store import Store
 from tests.exchange.collector import Collector, running_collector
 from tests.exchange.support import agent_rollout
@@ -117,3 +118,11 @@ def test_rules_of_the_settings_hold_for_imports(collector: Collector) -> None:
     ok("import", "traces.pb", "--db", "other.db")
     with Store.open("other.db") as store:
         assert {span.redacted for span in store.list_spans()} == {None, "rows"}
+
+
+def test_the_help_says_that_nothing_of_ours_makes_retokenized_spans_and_nothing_does() -> None:
+    said = " ".join(ok("export", "--help").replace("│", " ").split())
+    assert "Neither serve nor import makes retokenized ones" in said
+    package = Path(lightning_proxy.__file__).parent
+    named = {file.name for file in package.rglob("*.py") if "RETOKENIZED" in file.read_text()}
+    assert named == {"words.py", "transitions.py", "candidates.py"}  # the word, and who would train on them

@@ -232,3 +232,22 @@ def test_a_proxy_is_not_ready_before_an_engine_that_does_not_answer(make_proxy: 
     answer = send(proxy.url, "/readyz")
     assert answer.status == 503
     assert "engine" in answer.json["waits_for"][0]
+
+
+@pytest.mark.parametrize("levels", [101, 253, 900])
+def test_what_is_nested_too_deeply_to_be_answered_again_is_refused(proxy: ProxyThread, levels: int) -> None:
+    def nested(depth: int) -> bytes:
+        return b'{"rollout_id":"r","metadata":' + b'{"a":' * (depth - 1) + b"1" + b"}" * depth
+
+    assert refused(proxy, "rollouts", nested(levels)) == (
+        400,
+        "the body is nested too deeply: 100 levels are possible",
+    )
+    api(proxy, "rollouts", nested(100))
+    assert len(api(proxy, "rollouts")["rollouts"]) == 1
+
+
+def test_a_reason_that_is_no_text_is_refused(proxy: ProxyThread) -> None:
+    api(proxy, "rollouts", {"rollout_id": "r"})
+    status, said = refused(proxy, "rollouts/r", {"state": "failed", "reason": {"a": 1}}, method="PATCH")
+    assert (status, said) == (400, "reason is {'a': 1}: a text is needed")

@@ -37,6 +37,12 @@ CALLED: Json = {
 }
 RESULT: Json = {"role": "tool", "tool_call_id": "call_1", "content": f"sent to <{SECRET}>"}
 
+
+def half_a_pair(secret: str) -> Json:
+    arguments = f'{{"to": {json.dumps(secret)}, "smile": "\\ud83d"}}'
+    return {"id": "call_1", "type": "function", "function": {"name": "mail", "arguments": arguments}}
+
+
 # Where a secret comes in: (path, body, what the engine does)
 WAYS: dict[str, tuple[str, Json, Script]] = {
     "system prompt": (CHAT, {"messages": [{"role": "system", "content": f"be {SECRET}"}, ASK]}, Script()),
@@ -48,6 +54,11 @@ WAYS: dict[str, tuple[str, Json, Script]] = {
     ),
     "tool arguments": (CHAT, {"messages": [ASK, CALLED, RESULT]}, Script()),
     "tool result": (CHAT, {"messages": [ASK, RESULT]}, Script()),
+    "tool arguments with half a surrogate pair": (
+        CHAT,
+        {"messages": [ASK, {**CALLED, "tool_calls": [half_a_pair(SECRET)]}]},
+        Script(),
+    ),
     "a field's name": (CHAT, {"messages": [ASK], "metadata": {SECRET: "x"}}, Script()),
     "stop": (CHAT, {"messages": [ASK], "stop": [SECRET]}, Script()),
     "reply": (CHAT, {"messages": [ASK]}, Script(text=f"It is {SECRET}, I think.")),
@@ -270,6 +281,56 @@ def test_reasons_that_workers_give_lose_it_as_well(make_proxy: MakeProxy, engine
     with proxy.store() as store:
         assert store.get_rollout(failed).reason == "of [redacted]"
         assert store.get_rollout(cancelled).reason == "by [redacted]"
+    check_nothing_is_kept(proxy, engine)
+
+
+def test_the_last_value_alone_is_kept_of_a_name_that_stands_twice(
+    make_proxy: MakeProxy, engine: EngineThread
+) -> None:
+    proxy = make_proxy(engine.base_url, redaction=[EMAIL])
+    messages = json.dumps([{"role": "user", "content": f"mail {SECRET}"}])
+    body = f'{{"messages": {messages}, "model": "policy", "messages": {json.dumps([ASK])}}}'
+    assert send(proxy.url, CHAT, body.encode()).status == 200
+    span = recorded(proxy)[0]
+    assert (span.redacted, json.loads(span.request)["messages"]) == ("unread", [ASK])
+    check_nothing_is_kept(proxy, engine)
+
+
+def deep(levels: int) -> str:
+    return '{"a":' * levels + f'"{SECRET}"' + "}" * levels
+
+
+def test_what_is_nested_too_deeply_to_be_searched_is_refused(
+    make_proxy: MakeProxy, engine: EngineThread
+) -> None:
+    proxy = make_proxy(engine.base_url, redaction=[EMAIL])
+    send(proxy.url, "/api/rollouts", {"rollout_id": "r"})
+    send(proxy.url, "/api/tasks", {"task_id": "t", "input": {"q": "x"}})
+    [given] = send(proxy.url, "/api/tasks/claim", {"worker": "w"}).json["assignments"]
+    attempt = f"/api/rollouts/{given['rollout_id']}/attempts/1"
+    in_a_text = json.dumps(deep(900))
+    posts = [
+        ("POST", "/api/rollouts", f'{{"rollout_id": "s", "metadata": {deep(300)}}}', "the body"),
+        ("POST", "/api/rollouts", f'{{"rollout_id": "s", "metadata": {{"m": {in_a_text}}}}}', "metadata"),
+        ("PATCH", "/api/rollouts/r", f'{{"state": "failed", "reason": {in_a_text}}}', "reason"),
+        ("POST", f"{attempt}/release", f'{{"reason": {in_a_text}}}', "reason"),
+        ("POST", f"{attempt}/finish", f'{{"state": "failed", "reason": {in_a_text}}}', "reason"),
+        ("POST", "/api/tasks/t/cancel", f'{{"reason": {in_a_text}}}', "reason"),
+        ("POST", "/reward", f'{{"rollout_id": "r", "value": 1, "comment": {in_a_text}}}', "comment"),
+        ("POST", "/reward", f'{{"rollout_id": "r", "demonstration": {in_a_text}}}', "demonstration"),
+    ]
+    for method, path, body, what in posts:
+        refused = send(proxy.url, path, body.encode(), method=method)
+        message = refused.json["error"]["message"]
+        assert (refused.status, message.startswith(f"{what} is nested too deeply")) == (400, True), path
+    check_nothing_is_kept(proxy, engine)
+
+
+def test_a_call_with_such_a_text_goes_through(make_proxy: MakeProxy, engine: EngineThread) -> None:
+    proxy = make_proxy(engine.base_url, redaction=[EMAIL])
+    asked = {"role": "user", "content": deep(900)}
+    assert send(proxy.url, CHAT, {"model": "policy", "messages": [asked]}).status == 200
+    assert recorded(proxy)[0].redacted == "unread"
     check_nothing_is_kept(proxy, engine)
 
 

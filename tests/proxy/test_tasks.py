@@ -69,7 +69,7 @@ def test_an_attempt_goes_its_way_by_heartbeat_and_finish(proxy: ProxyThread) -> 
     end = {"state": "failed", "exit_code": 3}
     for _ in range(2):
         assert api(proxy, f"{attempt}/finish", end)["state"] == "open"
-    [second] = claim(proxy)
+    [second] = claim(proxy, wait_s=20)
     assert (second["rollout_id"], second["attempt"]) == (first["rollout_id"], 2)
     assert second["base_url"].endswith("/attempt/2/v1")
     assert api(proxy, f"{attempt}/heartbeat", {})["stop"]
@@ -86,9 +86,14 @@ def test_an_attempt_goes_its_way_by_heartbeat_and_finish(proxy: ProxyThread) -> 
 def test_an_attempt_is_given_back(proxy: ProxyThread) -> None:
     enqueue(proxy)
     [first] = claim(proxy)
-    api(proxy, f"rollouts/{first['rollout_id']}/attempts/1/release", {"reason": "going home"})
+    attempts = f"rollouts/{first['rollout_id']}/attempts"
+    released = api(proxy, f"{attempts}/1/release", {"reason": "going home"})
+    assert released == {"released": True, "reason": None}
     [second] = claim(proxy)
     assert (second["rollout_id"], second["attempt"]) == (first["rollout_id"], 2)
+    api(proxy, f"{attempts}/2/finish", {"state": "succeeded"})
+    released = api(proxy, f"{attempts}/2/release", {})
+    assert released == {"released": False, "reason": "it ended as succeeded"}
 
 
 def test_a_worker_that_is_back_gets_its_attempts_again(proxy: ProxyThread) -> None:
@@ -110,6 +115,21 @@ def test_a_claim_waits_for_work(proxy: ProxyThread) -> None:
     assert [each["task_id"] for each in got] == ["a"]
     assert time.monotonic() - begun < 10
     assert claim(proxy, wait_s=0.1) == []
+
+
+def test_a_claim_waits_for_the_end_of_a_pause_and_no_longer(
+    proxy: ProxyThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_proxy.proxy.control.tasks._LOOK_AGAIN_S", 20.0)
+    monkeypatch.setattr("lightning_proxy.store.claims.FIRST_PAUSE_S", 1.0)
+    enqueue(proxy, max_attempts=2)
+    [first] = claim(proxy)
+    api(proxy, f"rollouts/{first['rollout_id']}/attempts/1/finish", {"state": "failed"})
+    assert claim(proxy) == []
+    begun = time.monotonic()
+    [second] = claim(proxy, wait_s=20)
+    assert (second["rollout_id"], second["attempt"]) == (first["rollout_id"], 2)
+    assert time.monotonic() - begun < 10
 
 
 def test_the_silent_and_the_late_are_failed_while_nobody_claims(proxy: ProxyThread) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_proxy.config import RedactionSettings
+from lightning_proxy.errors import InvalidInput
 from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import Fidelity, Generation, Span
 from tests.store.support import make_span
@@ -205,3 +206,76 @@ def test_names_at_the_top_and_texts_among_counts_are_searched(
 def test_texts_in_the_usage_are_searched() -> None:
     made = redactor({"pattern": "s3cret"}).span(span({}, {}, usage={"by": "s3cret", "prompt_tokens": 3}))
     assert (made.usage, made.redacted) == ({"by": "[redacted]", "prompt_tokens": 3}, "rule-0")
+
+
+def test_a_text_that_cannot_be_searched_is_not_kept() -> None:
+    one = redactor({"pattern": "s3cret"})
+    deep = '{"a":' * 900 + '"s3cret"' + "}" * 900
+    assert one.text(deep) == "[redacted]"
+    assert one.text("a s3cret") == "a [redacted]"
+    with pytest.raises(InvalidInput, match="nested too deeply"):
+        one.value({"m": deep})
+
+
+@pytest.mark.parametrize("deep", [300, 400])
+def test_a_text_nested_deeper_than_orjson_writes_is_searched(deep: int) -> None:
+    one = redactor({"pattern": "s3cret"})
+    assert one.value('{"a":' * deep + r'"s\u0033cret"' + "}" * deep).count("[redacted]") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r'{"to": "s\u0033cret", "smile": "\ud83d"}',
+        r'{"to": "s\u0033cret", "n": NaN}',
+        r'{"to": "s\u0033cret", "to": "you"}',
+        r'{"to": "s\u0033cret',
+        r'{"to": "s\u0033cret"}' + '\n{"to": "you"}',
+        r'it says {"to": "s\u0033cret"}',
+        r'{"of": "{\"to\": \"s\\u0033cret',
+        r'{"of": "{\"to\": \"s\\u0033cret\", \"to\": 1}"}',
+    ],
+    ids=["half a pair", "NaN", "twice", "cut", "lines", "amid words", "cut in a text", "twice in a text"],
+)
+def test_what_is_escaped_in_a_text_that_is_not_strict_json_is_found(text: str) -> None:
+    made = redactor({"pattern": "s3cret"}).span(span({"m": text}, {}))
+    assert "3cret" not in made.request.decode()
+    assert made.redacted is not None
+    again = redactor({"pattern": "(?<=the )s3cret"})
+    again.span(span({"m": "the s3cret"}, {}))
+    assert "3cret" not in again.span(span({"m": text}, {})).request.decode()
+
+
+def test_a_path_leads_into_a_text_with_half_a_surrogate_pair() -> None:
+    made = redactor({"path": "**.to"}).span(span({"m": r'{"to": "Ann", "smile": "\ud83d"}'}, {}))
+    assert json.loads(json.loads(made.request)["m"]) == {"to": "[redacted]", "smile": "\ud83d"}
+
+
+@pytest.mark.parametrize("path", ["**.to", "a.to", "m.a.to"])
+def test_of_a_name_that_stands_twice_only_the_last_value_is_kept(path: str) -> None:
+    twice = '{"a": {"to": "Ann"}, "a": {"by": "Bob"}}'
+    rule = redactor({"path": path})
+    made = rule.span(replace(span({}, {}), request=twice.encode()))
+    assert (made.redacted, json.loads(made.request)) == ("unread", {"a": {"by": "Bob"}})
+    made = rule.span(replace(span({}, {}), response=twice.encode()))
+    assert (made.redacted, json.loads(made.response or b"")) == ("unread", {"a": {"by": "Bob"}})
+    inside = span({"m": twice}, {})
+    if path == "a.to":  # which does not lead there
+        assert rule.span(inside) is inside
+    else:
+        made = rule.span(inside)
+        assert made.redacted == "unread"
+        assert json.loads(json.loads(made.request)["m"]) == {"a": {"by": "Bob"}}
+    assert not made.generations[0].prompt_token_ids
+
+
+def test_the_side_that_no_rule_is_for_may_hold_a_name_twice() -> None:
+    asked = replace(span({}, {}), request=b'{"a": 1, "a": 2}')
+    assert redactor({"pattern": "s3cret", "where": "response"}).span(asked) is asked
+
+
+def test_a_secret_that_stands_under_a_name_twice_is_in_no_body() -> None:
+    one = redactor({"pattern": "s3cret"})
+    for body in (rb'{"m": "s3cret", "m": "x"}', rb'{"m": "s\u0033cret", "m": "x"}'):
+        made = one.span(replace(span({}, {}), request=body, response=body))
+        assert (made.request, made.response, made.redacted) == (b'{"m":"x"}', b'{"m":"x"}', "unread")

@@ -11,7 +11,7 @@ import pytest
 
 from lightning_proxy.errors import Conflict, InvalidInput, UnknownTarget
 from lightning_proxy.store import Assignment, ErrorClass, RolloutState, Store, TaskState, new_task
-from lightning_proxy.store.claims import FORGIVEN_LOSSES
+from lightning_proxy.store.claims import FIRST_PAUSE_S, FORGIVEN_LOSSES, LONGEST_PAUSE_S
 from tests.store.support import POLICY, make_span, output_of, start_script
 
 FAILED, SUCCEEDED, CANCELLED = RolloutState.FAILED, RolloutState.SUCCEEDED, RolloutState.CANCELLED
@@ -78,12 +78,15 @@ def test_a_success_ends_rollout_attempt_and_task_once(store: Store) -> None:
         fail(store, given)
 
 
-def test_a_failure_is_followed_by_another_attempt_while_there_are_some_left(store: Store) -> None:
+def test_a_failure_is_followed_by_another_attempt_while_there_are_some_left(
+    store: Store, clock: list[float]
+) -> None:
     enqueue(store, max_attempts=2)
     first = claim(store)
     fail(store, first)
     fail(store, first)  # said again
     assert store.get_rollout(first.rollout_id).state is RolloutState.OPEN
+    clock[0] += FIRST_PAUSE_S
     second = claim(store)
     assert (second.rollout_id, second.attempt) == (first.rollout_id, 2)
     owner = store.owner_of_key(second.api_key)
@@ -109,10 +112,11 @@ def test_a_class_that_is_not_to_be_retried_ends_the_rollout_at_once(store: Store
     assert store.claim_tasks("w") == []
 
 
-def test_a_repeated_attempt_comes_before_new_rollouts_of_its_task(store: Store) -> None:
+def test_a_repeated_attempt_comes_before_new_rollouts_of_its_task(store: Store, clock: list[float]) -> None:
     enqueue(store, group_size=3, max_attempts=2)
     first = claim(store)
     fail(store, first)
+    clock[0] += FIRST_PAUSE_S
     assert [each.attempt for each in store.claim_tasks("w", limit=9)] == [2, 1, 1]
 
 
@@ -147,12 +151,66 @@ def test_an_attempt_that_is_given_back_does_not_count(store: Store) -> None:
     given = claim(store)
     for attempt in range(1, 6):
         assert (given.attempt, given.rollout_id) == (attempt, given.rollout_id)
-        store.release_attempt(given.rollout_id, attempt, "the runner was stopped")
-        store.release_attempt(given.rollout_id, attempt)
+        for _ in range(2):  # said again
+            assert store.release_attempt(given.rollout_id, attempt, "the runner was stopped") is None
         given = claim(store)
-    store.release_attempt(given.rollout_id, 1)  # long gone
+    assert store.release_attempt(given.rollout_id, 1) is None  # long ago
     store.finish_attempt(given.rollout_id, given.attempt, SUCCEEDED)
     assert ends(store, given.rollout_id) == [("cancelled", None)] * 5 + [("succeeded", None)]
+
+
+def test_an_attempt_that_has_ended_is_not_given_back_and_it_is_said_how_it_ended(
+    store: Store, clock: list[float]
+) -> None:
+    enqueue(store, group_size=3, max_attempts=2)
+    done, failed, cancelled = (claim(store) for _ in range(3))
+    store.finish_attempt(done.rollout_id, 1, SUCCEEDED)
+    assert store.release_attempt(done.rollout_id, 1) == "it ended as succeeded"
+    fail(store, failed)
+    assert store.release_attempt(failed.rollout_id, 1) == "it ended as failed (exit code 1)"
+    clock[0] += FIRST_PAUSE_S
+    claim(store, "other")
+    said = store.release_attempt(failed.rollout_id, 1)
+    assert said == "it ended as failed (exit code 1), and attempt 2 was given to other"
+    store.finish_rollout(cancelled.rollout_id, CANCELLED, "no more")
+    assert store.release_attempt(cancelled.rollout_id, 1) == "it ended as cancelled (no more)"
+    assert ends(store, done.rollout_id) == [("succeeded", None)]
+
+
+def test_the_pause_before_another_attempt_doubles_up_to_a_limit(store: Store, clock: list[float]) -> None:
+    enqueue(store, max_attempts=12)
+    given, longest = claim(store), FIRST_PAUSE_S
+    assert store.next_retry_at() is None
+    for _ in range(11):
+        fail(store, given)
+        assert store.claim_tasks("w") == []
+        retry_at = store.next_retry_at()
+        assert retry_at is not None
+        assert longest / 2 - 0.1 < retry_at - time.time() <= longest
+        clock[0] += retry_at - time.time()
+        given = claim(store)
+        assert store.next_retry_at() is None
+        longest = min(2 * longest, LONGEST_PAUSE_S)
+    assert longest == LONGEST_PAUSE_S
+
+
+def test_while_one_pauses_others_are_handed_out(store: Store) -> None:
+    enqueue(store, group_size=2, max_attempts=2)
+    enqueue(store, "b")
+    first = claim(store)
+    fail(store, first)
+    given = store.claim_tasks("w", limit=9)
+    assert [(each.task.task_id, each.attempt) for each in given] == [("a", 1), ("b", 1)]
+    assert first.rollout_id not in {each.rollout_id for each in given}
+
+
+def test_what_was_given_back_or_lost_does_not_pause(store: Store) -> None:
+    enqueue(store, max_attempts=3)
+    given = claim(store)
+    store.release_attempt(given.rollout_id, given.attempt)
+    assert claim(store).attempt == 2
+    store.abandon_worker("w")
+    assert claim(store).attempt == 3
 
 
 # --- silence, time, loss ----------------------------------------------------------------------------
@@ -238,6 +296,7 @@ def test_a_worker_that_lives_does_not_speak_for_its_agent(store: Store, clock: l
     clock[0] = 21
     assert store.heartbeat_attempt(given.rollout_id, 1, alive=False).stop
     assert ends(store, given.rollout_id) == [("failed", "silent_death")]
+    clock[0] += FIRST_PAUSE_S
     second = claim(store)
     clock[0] += 19
     store.heartbeat_attempt(given.rollout_id, second.attempt)
@@ -302,13 +361,14 @@ def test_an_attempt_that_has_ended_stays_as_it_ended(store: Store) -> None:
     assert ends(store, given.rollout_id) == [("failed", "agent_crash")]
 
 
-def test_training_drains_a_rollout_of_the_pool_once_it_has_ended(store: Store) -> None:
+def test_training_drains_a_rollout_of_the_pool_once_it_has_ended(store: Store, clock: list[float]) -> None:
     enqueue(store, max_attempts=2)
     first = claim(store)
     store.add_span(make_span(rollout_id=first.rollout_id))
     store.add_reward(value=1.0, rollout_id=first.rollout_id)
     fail(store, first)
     assert store.preview(POLICY, 9) == []
+    clock[0] += FIRST_PAUSE_S
     second = claim(store)
     store.add_span(make_span(rollout_id=first.rollout_id, attempt=2))
     assert store.backlog(POLICY).rollouts_ready == 0
@@ -325,16 +385,18 @@ def test_an_attempt_that_never_was_is_unknown(store: Store) -> None:
             look("nobody", 1)
     with pytest.raises(UnknownTarget, match="no attempt 7"):
         store.finish_attempt(given.rollout_id, 7, SUCCEEDED)
-    with pytest.raises(UnknownTarget, match="no attempt 7"):
-        store.heartbeat_attempt(given.rollout_id, 7)
+    for look in (store.heartbeat_attempt, store.release_attempt):
+        with pytest.raises(UnknownTarget, match="no attempt 7"):
+            look(given.rollout_id, 7)
 
 
 _WORKER = """
 import sys
+import time
 from lightning_proxy.store import RolloutState, Store
 with Store.open(sys.argv[1], busy_timeout_s=30) as store:
-    while given := store.claim_tasks(sys.argv[2], limit=3):
-        for one in given:
+    while store.pool_progress().tasks_open:  # also while what failed pauses
+        for one in store.claim_tasks(sys.argv[2], limit=3) or time.sleep(0.02) or ():
             print(one.task.task_id, one.rollout_id, one.attempt)
             state = RolloutState.FAILED if one.attempt == 1 else RolloutState.SUCCEEDED
             store.finish_attempt(one.rollout_id, one.attempt, state)

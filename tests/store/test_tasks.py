@@ -198,6 +198,48 @@ def test_progress_counts_the_tasks_that_are_asked_about(store: Store) -> None:
     assert (part.tasks, part.tasks_open, part.rollouts, part.running) == (1, 0, 2, 0)
 
 
+@pytest.mark.parametrize(
+    ("changed", "rollouts", "to_do"),
+    [
+        ({"group_size": 1}, 4 + 1 + 1, 2),  # two of the first round, two begun of the second; the third, "b"
+        ({"group_size": 3}, 2 + 3 + 3 + 1, 5),
+        ({"rounds": 1}, 4 + 1, 1),
+        ({"rounds": 2}, 4 + 1, 1),
+        ({"group_size": 1, "rounds": 1}, 4 + 1, 1),
+    ],
+)
+def test_progress_never_goes_beyond_its_end_whatever_is_asked_for_anew(
+    store: Store, changed: dict[str, int], rollouts: int, to_do: int
+) -> None:
+    enqueue(store, "a", group_size=2, rounds=3)
+    enqueue(store, "b")
+    for given in claim(store, 2):
+        end(store, given)
+    [lone] = claim(store)  # of "b", which comes before another round
+    begun = claim(store, 2)
+    store.finish_rollout(lone.rollout_id, RolloutState.CANCELLED)
+    enqueue(store, "a", **changed)
+    counts = store.pool_progress()
+    assert (counts.rollouts, counts.running, counts.succeeded) == (rollouts, 2, 2)
+    assert sum(store.get_task(each).to_do for each in "ab") == to_do
+    while begun:
+        for given in begun:
+            end(store, given)
+        begun = claim(store, 9)
+    counts = store.pool_progress()
+    assert (counts.tasks_open, counts.succeeded) == (0, rollouts)
+    assert counts.rollouts == rollouts
+
+
+def test_progress_counts_what_was_carried_out_of_a_cancelled_task(store: Store) -> None:
+    enqueue(store, "a", group_size=3)
+    one, _ = claim(store, 2)
+    end(store, one)
+    store.cancel_task("a")
+    counts = store.pool_progress()
+    assert (counts.rollouts, counts.succeeded, counts.cancelled) == (1, 1, 1)
+
+
 def test_a_list_of_tasks_goes_on_and_is_narrowed(store: Store) -> None:
     enqueue(store, "a", "b", "c")
     end(store, claim(store)[0])

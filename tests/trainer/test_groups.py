@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 
 from lightning_proxy.errors import TrainingError
+from lightning_proxy.store import RecordedRollout, Reward
 from lightning_proxy.trainer.advantages import Returns, assign
 from lightning_proxy.trainer.credit import IDENTICAL
 from lightning_proxy.trainer.groups import BY_PROMPT, BY_TASK, RUNNING, Grouping, form_groups
-from lightning_proxy.trainer.transitions import Group, LeftOut, Reason, TrainableRollout, Transition
+from lightning_proxy.trainer.transitions import (
+    Group,
+    LeftOut,
+    Reason,
+    Terms,
+    TrainableRollout,
+    Transition,
+    trainable_rollouts,
+)
+from tests.trainer.recording import POLICY, generation, recorded, span
 
 
 def rollout(
@@ -211,6 +221,29 @@ def test_a_running_baseline_is_the_roles_and_that_of_the_key_in_the_metadata() -
     assert members(grouping) == [["a", "b"], ["d", "e"]]
     assert asked == ["running:writer", "running:checker", "running:checker/search"]
     assert grouping.for_later == ("c",)
+
+
+def test_a_running_baseline_is_that_of_the_first_call_though_it_is_not_trained_on() -> None:
+    def of(name: str, value: float, *calls: tuple[str, float]) -> RecordedRollout:
+        spans = [
+            span(name, generation([ord(name), at], [3]), role=role, sampling={"temperature": temperature})
+            for at, (role, temperature) in enumerate(calls)
+        ]
+        return recorded(name, spans, Reward(name, value))
+
+    rollouts = trainable_rollouts(
+        [
+            of("a", 0.0, ("writer", 1.0), ("checker", 1.0)),
+            of("b", 1.0, ("writer", 0.0), ("checker", 1.0)),  # greedy: left out
+            of("c", 1.0, ("checker", 1.0)),
+        ],
+        Terms(POLICY, 100),
+        LeftOut(),
+    )
+    assert [len(each.transitions) for each in rollouts] == [2, 1, 1]
+    grouping, asked = running(*rollouts)
+    assert members(grouping) == [["a", "b"]]
+    assert asked == ["running:writer", "running:checker"]
 
 
 def test_who_comes_again_is_not_its_own_baseline() -> None:

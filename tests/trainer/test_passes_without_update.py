@@ -261,3 +261,35 @@ def test_rollouts_that_are_given_back_are_not_looked_at_again_each_pass(store: S
     report, _ = run(store, algorithm=algorithm, model=store.path.parent)
     assert report.rewards is not None
     assert (report.rewards["count"], report.rewards["mean"]) == (2, 1.0)
+
+
+def test_passes_that_saw_nothing_new_do_not_make_the_guard_forget(store: Store, tmp_path: Path) -> None:
+    after_a_good_version(store, tmp_path)
+    short = GuardSettings(window=2)
+    for task in ("one", "two", "three"):
+        record_group(store, task, [0.5], turns=1, version=2)
+    for _ in range(3):
+        report, _ = run(store, guard=short)
+        assert (report.counts["given_back"], report.rewards) == (3, None)
+    record_group(store, "task", [0.0] * 16, version=2)
+    report, _ = run(store, guard=short)
+    assert report.outcome is Outcome.GUARDED
+    assert "policies rollback --to 1" in report.message
+
+
+def test_groups_without_spread_that_come_again_are_not_looked_at_again(store: Store, tmp_path: Path) -> None:
+    after_a_good_version(store, tmp_path)
+    short = GuardSettings(window=2)
+    record_group(store, "equal", [0.5, 0.5], turns=1, version=2)
+    first, _ = run(store, guard=short)
+    assert first.rewards is not None
+    for value in (0.6, 0.5, 0.6):
+        for member in (0, 1):
+            store.add_reward(value=value, rollout_id=f"equal-2-{member}")
+        report, _ = run(store, guard=short)
+        assert (report.left_out["rollouts"], report.rewards) == ({"group_all_equal": 2}, None)
+    assert len(store.list_runs(POLICY)) == 2 + 4
+    record_group(store, "task", [0.0] * 16, version=2)
+    report, _ = run(store, guard=short)
+    assert report.outcome is Outcome.GUARDED
+    assert "policies rollback --to 1" in report.message

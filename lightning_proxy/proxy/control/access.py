@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lightning_proxy.errors import StoreUnavailable
+from lightning_proxy.errors import InvalidInput, StoreUnavailable
 from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import Store, Writer
 
@@ -29,10 +29,18 @@ class Access:
         self._redactor = redactor
 
     def kept(self, fields: dict[str, Any], *names: str) -> dict[str, Any]:
-        """``fields`` as they may be written: the named ones, which people write, without what rules find."""
-        if self._redactor is None:
-            return fields
-        return fields | {name: self._redactor.value(fields[name]) for name in names if name in fields}
+        """``fields`` as they may be written: the named ones, which people write, without what rules find.
+
+        Raises ``InvalidInput`` where one cannot be searched.
+        """
+        kept = dict(fields)
+        for name in names:
+            if self._redactor is not None and name in fields:
+                try:
+                    kept[name] = self._redactor.value(fields[name])
+                except InvalidInput as error:
+                    raise InvalidInput(f"{name} is {error}") from error
+        return kept
 
     async def write(self, change: Callable[[Store], T]) -> T:
         """Run a change through the one writer; return when it is durable."""

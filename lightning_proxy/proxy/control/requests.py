@@ -19,6 +19,8 @@ from lightning_proxy.errors import (
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
+_DEEPEST = 100  # levels; what is stored is answered some levels further down, and orjson writes 254
+
 
 async def read_json(request: web.Request, *, empty: Any = None) -> Any:
     """The body as JSON; ``empty`` where there is none. Raises InvalidInput."""
@@ -26,9 +28,33 @@ async def read_json(request: web.Request, *, empty: Any = None) -> Any:
     if not body and empty is not None:
         return empty
     try:
-        return orjson.loads(body)
+        value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidInput(f"the body is no JSON: {error}") from None
+    if _is_deeper(value, _DEEPEST):
+        raise InvalidInput(f"the body is nested too deeply: {_DEEPEST} levels are possible")
+    return value
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether objects and lists stand in one another more than ``most`` times; one level after another."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(most):
+        level = [
+            item
+            for each in level
+            for item in (each.values() if isinstance(each, dict) else each)
+            if isinstance(item, dict | list)
+        ]
+    return bool(level)
+
+
+def text_of(posted: dict[str, Any], name: str) -> str | None:
+    """A text that may be missing. Raises InvalidInput."""
+    value = posted.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InvalidInput(f"{name} is {value!r:.80}: a text is needed")
+    return value
 
 
 def fields_of(item: Any, known: frozenset[str], what: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lightning_proxy.proxy.keys import Attributor
 from lightning_proxy.store import ErrorClass, KeyOwner, Rollout, RolloutState, Store, as_json
 
 from .access import Access
-from .requests import answer, choice_of, fields_of, limit_of, optional_choice, read_json, whole
+from .requests import answer, choice_of, fields_of, limit_of, optional_choice, read_json, text_of, whole
 
 _HEAD_ONLY = frozenset({"request", "response", "generations"})
 _CHANGE_FIELDS = frozenset(("state", "reason", "error_class"))
@@ -96,13 +96,13 @@ class RolloutRoutes:
     async def finish_rollout(self, request: web.Request) -> web.Response:
         """``{"state": "succeeded" | "failed" | "cancelled", "reason"?, "error_class"?}``"""
         posted = fields_of(await read_json(request), _CHANGE_FIELDS, "the change")
-        posted = self._access.kept(posted, "reason")
         if "state" not in posted:
             raise InvalidInput("the change lacks 'state': succeeded, failed or cancelled")
         state = choice_of(RolloutState, posted["state"], "state of a rollout")
         error_class = optional_choice(ErrorClass, posted.get("error_class"), "error_class")
         rollout_id = request.match_info["rollout_id"]
-        reason = posted.get("reason")
+        text_of(posted, "reason")  # else refused
+        reason = self._access.kept(posted, "reason").get("reason")
 
         def finish(store: Store) -> Rollout:
             if state is RolloutState.FAILED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_proxy.store import (
     KeyOwner,
     Prefer,
     RolloutState,
+    Store,
     TaskState,
     TaskSummary,
     as_json,
@@ -24,7 +26,7 @@ from lightning_proxy.store import (
 )
 
 from .access import Access
-from .requests import answer, choice_of, fields_of, limit_of, optional_choice, read_json, whole
+from .requests import answer, choice_of, fields_of, limit_of, optional_choice, read_json, text_of, whole
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ _FINISH_FIELDS = frozenset(("state", "reason", "error_class", "exit_code"))
 _LONGEST_WAIT_S = 30.0
 _MOST_AT_ONCE = 1000
 _LOOK_AGAIN_S = 1.0  # while a claim waits: another process may have changed the pool
+_SHORTEST_WAIT_S = 0.01
 _SWEEP_S = 2.0
 
 
@@ -129,7 +132,7 @@ class TaskRoutes:
     async def claim(self, request: web.Request) -> web.Response:
         """``{"worker", "limit"?, "lease_s"?, "prefer"?, "task_ids"?, "wait_s"?}`` -> assignments."""
         posted = fields_of(await read_json(request), _CLAIM_FIELDS, "the claim")
-        worker = _text(posted, "worker")
+        worker = text_of(posted, "worker")
         if not worker:
             raise InvalidInput("the claim lacks 'worker': a name, so that it can be said who has what")
         limit = posted.get("limit", 1)
@@ -138,16 +141,18 @@ class TaskRoutes:
         prefer, task_ids = optional_choice(Prefer, posted.get("prefer"), "preference"), _task_ids(posted)
         lease_s = _seconds(posted, "lease_s", 60.0)
         deadline = asyncio.get_running_loop().time() + min(_seconds(posted, "wait_s", 0.0), _LONGEST_WAIT_S)
+
+        def claim(store: Store) -> tuple[list[Assignment], float | None]:
+            given = store.claim_tasks(worker, limit=limit, lease_s=lease_s, prefer=prefer, task_ids=task_ids)
+            return given, None if given else store.next_retry_at()
+
         while True:
-            given = await self._access.write(
-                lambda store: store.claim_tasks(
-                    worker, limit=limit, lease_s=lease_s, prefer=prefer, task_ids=task_ids
-                )
-            )
+            given, retry_at = await self._access.write(claim)
             left_s = deadline - asyncio.get_running_loop().time()
             if given or left_s <= 0:
                 return answer({"assignments": [self._assignment(each) for each in given]})
-            await self._wait(min(left_s, _LOOK_AGAIN_S))
+            pause_s = _LOOK_AGAIN_S if retry_at is None else max(retry_at - time.time(), _SHORTEST_WAIT_S)
+            await self._wait(min(left_s, pause_s, _LOOK_AGAIN_S))
 
     async def heartbeat(self, request: web.Request) -> web.Response:
         """``{"lease_s"?, "alive"?}`` -> ``{"stop", "reason", "lease_expires_at"}``."""
@@ -180,18 +185,18 @@ class TaskRoutes:
         return answer(as_json(rollout))
 
     async def release(self, request: web.Request) -> web.Response:
-        """``{"reason"?}``: give an attempt back; it does not count."""
+        """``{"reason"?}``: give an attempt back; it does not count. One that has ended stays as it is."""
         posted = fields_of(await read_json(request, empty={}), frozenset(("reason",)), "the release")
         rollout_id, attempt = _attempt(request)
         reason = self._reason(posted)
-        await self._access.write(lambda store: store.release_attempt(rollout_id, attempt, reason))
+        ended = await self._access.write(lambda store: store.release_attempt(rollout_id, attempt, reason))
         await self._tell()
-        return answer({"released": True})
+        return answer({"released": ended is None, "reason": ended})
 
     async def abandon(self, request: web.Request) -> web.Response:
         """``{"worker"}``: what it held when it ended is lost; it is back and knows nothing of it."""
         posted = fields_of(await read_json(request), frozenset(("worker",)), "the message")
-        worker = _text(posted, "worker")
+        worker = text_of(posted, "worker")
         if not worker:
             raise InvalidInput("the message lacks 'worker', the name that the attempts were claimed with")
         lost = await self._access.write(lambda store: store.abandon_worker(worker))
@@ -200,8 +205,8 @@ class TaskRoutes:
 
     def _reason(self, posted: dict[str, Any]) -> str | None:
         """The reason as it may be written: without what rules find."""
-        reason = _text(posted, "reason")
-        return _text(self._access.kept({"reason": reason}, "reason"), "reason")
+        reason = text_of(posted, "reason")
+        return text_of(self._access.kept({"reason": reason}, "reason"), "reason")
 
     def _assignment(self, given: Assignment) -> dict[str, Any]:
         self._attributor.remember(given.api_key, KeyOwner(given.rollout_id, given.attempt))
@@ -248,13 +253,6 @@ def _attempt(request: web.Request) -> tuple[str, int]:
     if number == 0:
         raise UnknownTarget("attempts are counted from 1")
     return request.match_info["rollout_id"], number
-
-
-def _text(posted: dict[str, Any], name: str) -> str | None:
-    value = posted.get(name)
-    if value is not None and not isinstance(value, str):
-        raise InvalidInput(f"{name} is {value!r:.80}: a text is needed")
-    return value
 
 
 def _task_ids(posted: dict[str, Any]) -> list[str] | None:
