@@ -131,7 +131,7 @@ def test_what_compares_a_gpu_with_the_cpu_finds_the_cpu_equal_to_itself() -> Non
 def test_workers_go_to_as_few_nodes_as_hold_them_the_same_number_on_each(
     count: int, room: list[int], expected: list[int]
 ) -> None:
-    from lightning_proxy.trainer.backend.verl_backend import workers_per_node
+    from lightning_proxy.trainer.backend.on_ray import workers_per_node
 
     assert workers_per_node(count, room, "GPU") == expected
 
@@ -139,7 +139,7 @@ def test_workers_go_to_as_few_nodes_as_hold_them_the_same_number_on_each(
 @pytest.mark.parametrize(("count", "room"), [(16, [8]), (9, [8, 8]), (4, []), (10, [8, 2])])
 def test_more_workers_than_the_nodes_hold_evenly_are_refused(count: int, room: list[int]) -> None:
     from lightning_proxy.errors import TrainingError
-    from lightning_proxy.trainer.backend.verl_backend import workers_per_node
+    from lightning_proxy.trainer.backend.on_ray import workers_per_node
 
     with pytest.raises(TrainingError, match=rf"workers = {count} cannot be spread evenly .* GPUs"):
         workers_per_node(count, room, "GPU")
