@@ -143,3 +143,25 @@ def test_more_workers_than_the_nodes_hold_evenly_are_refused(count: int, room: l
 
     with pytest.raises(TrainingError, match=rf"workers = {count} cannot be spread evenly .* GPUs"):
         workers_per_node(count, room, "GPU")
+
+
+@pytest.mark.parametrize(("device", "world"), [("cpu", 1), ("cuda", 1), ("cuda", 16)])
+def test_workers_wait_for_one_that_reads_or_writes_a_large_model(
+    device: str, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's own limit is ten minutes."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from lightning_proxy.trainer.backend import worker
+
+    asked: dict[str, object] = {}
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **rest: asked.update(rest, backend=backend)
+    )
+    worker._join_process_group(device)
+    assert asked["timeout"] == timedelta(hours=2)
+    assert asked["backend"] == ("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ from lightning_proxy.trainer.checkpoint import read_layout
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SUMS = ("pg_loss", "kl_loss", "entropy_loss", "nll")  # metrics that are sums over tokens, weighed
 _MEANS = ("clip_frac", "kl", "ratio_mean")  # and those that are means; a loss has some of both
+# While one worker reads a large model or writes it, the others wait in a collective. NCCL's own limit of ten
+# minutes would end them. A worker that dies is noticed by Ray at once, whatever this is.
+_LONGEST_WAIT = timedelta(hours=2)
 _OWN_OPTIONS = ("lr", "initial_lr", "eps", "weight_decay")  # the settings decide, not a saved optimiser
 
 
@@ -310,9 +314,9 @@ def _join_process_group(device: str) -> None:
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     if int(os.environ["WORLD_SIZE"]) == 1:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_LONGEST_WAIT)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_LONGEST_WAIT)
 
 
 def _training_worker_config(config: WorkerConfig) -> TrainingWorkerConfig:
