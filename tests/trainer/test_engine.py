@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lightning_proxy.trainer.backend import open_backend
 from lightning_proxy.trainer.checkpoint import read_layout
+from lightning_proxy.trainer.sampling import PLAIN, Sampling
 from tests.trainer.conftest import recipe
 from tests.trainer.gradients import worker_of
 from tests.trainer.rows import random_rows
@@ -85,9 +88,7 @@ def test_a_state_with_a_bfloat16_base_goes_on_where_it_was(bfloat16_model: Path,
     second.close()
 
 
-def test_softmax_in_pieces_gives_the_values_and_gradients_of_softmax_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_softmax_in_pieces_gives_the_values_and_gradients_of_softmax_at_once() -> None:
     import torch
 
     from lightning_proxy.trainer.backend import engine
@@ -96,17 +97,55 @@ def test_softmax_in_pieces_gives_the_values_and_gradients_of_softmax_at_once(
     logits = torch.randn(23, 11, generator=generator)
     labels = torch.randint(0, 11, (23,), generator=generator)
     results = []
+    codes = torch.zeros_like(labels)
     for at_once in (1 << 28, 5 * 11, 1):  # all, five tokens, one
-        monkeypatch.setattr(engine, "_AT_ONCE", at_once)
         given = logits.clone().requires_grad_()
-        logprobs = engine.piecewise(engine._logprobs, given, labels)
-        entropy = engine.piecewise(engine._entropy, given)
+        logprobs, entropy = (
+            engine.piecewise(partial(function, (PLAIN,)), given, labels, codes, at_once=at_once)
+            for function in (engine._logprobs, engine._entropy)
+        )
         (logprobs.sin() + entropy.cos()).sum().backward()  # type: ignore[no-untyped-call]
         results.append([logprobs.detach(), entropy.detach(), given.grad])
     expected = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
     torch.testing.assert_close(results[0][0], expected)
     for pieces in results[1:]:
         torch.testing.assert_close(pieces, results[0])
+
+
+@pytest.mark.parametrize("sampling", [PLAIN, Sampling(0.7), Sampling(0.9, top_k=5, top_p=0.9)])
+def test_logits_are_never_copied_whole_whatever_the_rows_lengths_and_the_sampling(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from lightning_proxy.trainer.backend import engine
+
+    made: list[int] = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            old = {each.untyped_storage()._cdata for each in args if isinstance(each, torch.Tensor)}
+            if type(result) is torch.Tensor and result.untyped_storage()._cdata not in old:
+                made.append(result.numel())
+            return result
+
+    def watched(self: Any, *, output: Any, **rest: Any) -> Any:
+        sizes.append(output.logits.numel())
+        with Allocations():
+            return original(self, output=output, **rest)
+
+    sizes: list[int] = []
+    original = engine.UpdateEngine.prepare_model_outputs
+    monkeypatch.setattr(engine.UpdateEngine, "prepare_model_outputs", watched)
+    monkeypatch.setattr(engine, "_AT_ONCE", 1000)
+    rows = random_rows([30, 17, 9], samplings=(PLAIN, sampling))
+    backend = open_backend(recipe(micro_batch_tokens=1000), tiny_model)
+    backend.update(rows)
+    backend.close()
+    assert len(sizes) == 1
+    assert max(made) <= sizes[0] / 3
 
 
 def test_what_compares_a_gpu_with_the_cpu_finds_the_cpu_equal_to_itself() -> None:

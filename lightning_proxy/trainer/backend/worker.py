@@ -41,7 +41,6 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 from lightning_proxy.trainer.backend.likelihood import likelihood_loss
-from lightning_proxy.trainer.backend.shaping import Shaper
 from lightning_proxy.trainer.batches import Floats, Ints, Rows, plan_micro_batches
 from lightning_proxy.trainer.checkpoint import read_layout
 
@@ -93,7 +92,6 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
         policy = functools.partial(policy_loss, _actor_config(config), config)
         self.set_loss_fn(likelihood_loss if config.loss == "likelihood" else policy)
         self.reset()
-        self._shaper = Shaper(self.engine.module, packed=config.packed)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def logprobs(self, rows: Rows) -> Floats:
@@ -190,7 +188,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
 
     def _tensors(self, rows: Rows) -> TensorDict:
         """One micro-batch as the jagged TensorDict that verl's engine and ``ppo_loss`` take."""
-        self._shaper.expect(rows)
+        self.engine.samplings = rows.samplings if rows.sampling[rows.mask].any() else rows.samplings[:1]
         starts_N = [int(np.flatnonzero(mask)[0]) if mask.any() else 1 for mask in _per_row(rows, rows.mask)]
 
         def responses(values_T: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -203,6 +201,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
         return tu.get_tensordict(
             {
                 "input_ids": _jagged(tokens, torch.int64),
+                "sampling": _jagged(_per_row(rows, np.where(rows.mask, rows.sampling, 0)), torch.int64),
                 "position_ids": _jagged([np.arange(length) for length in rows.lengths], torch.int64),
                 "prompts": _jagged(prompts, torch.int64),
                 "responses": responses(rows.tokens, torch.int64),
@@ -216,7 +215,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
                 "token_weights": _jagged(_per_row(rows, rows.weights), torch.float32),
             },
             {
-                "temperature": 1.0,  # the shaper scales, token by token
+                "temperature": 1.0,  # the engine scales, token by token
                 "global_batch_size": len(rows),
                 "use_dynamic_bsz": False,
                 "micro_batch_size_per_gpu": len(rows),
