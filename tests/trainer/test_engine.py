@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lightning_proxy.errors import TrainingError
 from lightning_proxy.trainer.backend import open_backend
 from lightning_proxy.trainer.checkpoint import read_layout
 from lightning_proxy.trainer.sampling import PLAIN, Sampling
@@ -148,6 +150,50 @@ def test_logits_are_never_copied_whole_whatever_the_rows_lengths_and_the_samplin
     assert max(made) <= sizes[0] / 3
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_rows_without_padding_learn_what_padded_ones_learn(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, entropy_coef: float
+) -> None:
+    """What flash-attention is given; here PyTorch's own attention takes it."""
+    from lightning_proxy.trainer.backend import verl_backend, worker
+
+    monkeypatch.setattr(worker, "_PACKED_ATTENTION", "sdpa")
+    rows = random_rows([30, 17, 9, 25], samplings=(PLAIN, Sampling(0.7), Sampling(0.9, top_k=5)))
+    settings = recipe(learning_rate=1e-3, micro_batch_tokens=64, entropy_coef=entropy_coef)
+    own, found = verl_backend.worker_config, []
+    for packed in (False, True):
+        monkeypatch.setattr(
+            verl_backend, "worker_config", lambda *given, packed=packed: replace(own(*given), packed=packed)
+        )
+        backend = open_backend(settings, tiny_model)
+        before = backend.logprobs(rows)
+        metrics = [backend.update(rows) for _ in range(3)]
+        found.append((before, metrics, backend.logprobs(rows)))
+        backend.close()
+    (before, metrics, after), (packed_before, packed_metrics, packed_after) = found
+    np.testing.assert_allclose(packed_before, before, atol=1e-5)
+    assert packed_metrics[0] == pytest.approx(metrics[0], rel=1e-4, abs=1e-6)
+    np.testing.assert_allclose(packed_after, after, atol=1e-3)
+
+
+def test_flash_attention_is_not_used_unless_asked_for_and_refused_where_it_is_not_installed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from lightning_proxy.trainer.backend import verl_backend
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(verl_backend.importlib.util, "find_spec", lambda name: object())
+    assert not verl_backend.worker_config(recipe(device="cuda"), tiny_model).packed
+    assert verl_backend.worker_config(recipe(device="cuda", flash_attention=True), tiny_model).packed
+    with pytest.raises(TrainingError, match="flash_attention = true needs a GPU"):
+        verl_backend.worker_config(recipe(flash_attention=True), tiny_model)
+    monkeypatch.setattr(verl_backend.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TrainingError, match="flash_attention = true, but flash_attn is not installed"):
+        verl_backend.worker_config(recipe(device="cuda", flash_attention=True), tiny_model)
+
+
 def test_what_compares_a_gpu_with_the_cpu_finds_the_cpu_equal_to_itself() -> None:
     words = [sys.executable, "-m", "benchmarks.cuda_update", "agree", "--devices", "cpu"]
     found = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=250)
@@ -177,7 +223,6 @@ def test_workers_go_to_as_few_nodes_as_hold_them_the_same_number_on_each(
 
 @pytest.mark.parametrize(("count", "room"), [(16, [8]), (9, [8, 8]), (4, []), (10, [8, 2])])
 def test_more_workers_than_the_nodes_hold_evenly_are_refused(count: int, room: list[int]) -> None:
-    from lightning_proxy.errors import TrainingError
     from lightning_proxy.trainer.backend.on_ray import workers_per_node
 
     with pytest.raises(TrainingError, match=rf"workers = {count} cannot be spread evenly .* GPUs"):

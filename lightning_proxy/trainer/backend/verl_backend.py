@@ -74,10 +74,12 @@ def worker_config(settings: TrainSettings, model: Path) -> WorkerConfig:
         raise TrainingError("[train] device = 'cuda', but torch sees no GPU; 'auto' would take the CPU")
     _check_policy_loss(settings.policy_loss)
     device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if settings.flash_attention:
+        _check_flash_attention(device)
     return WorkerConfig(
         model=str(model),
         device=device,
-        packed=device == "cuda" and importlib.util.find_spec("flash_attn") is not None,
+        packed=settings.flash_attention,
         dtype=settings.dtype,
         learning_rate=settings.learning_rate,
         adam_eps=settings.adam_eps,
@@ -96,6 +98,13 @@ def worker_config(settings: TrainSettings, model: Path) -> WorkerConfig:
         threads=settings.threads,
         seed=settings.seed,
     )
+
+
+def _check_flash_attention(device: str) -> None:
+    if device != "cuda":
+        raise TrainingError("[train] flash_attention = true needs a GPU; the update is on the CPU")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise TrainingError("[train] flash_attention = true, but flash_attn is not installed")
 
 
 def _check_policy_loss(name: str) -> None:

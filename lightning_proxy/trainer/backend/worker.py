@@ -47,6 +47,7 @@ from lightning_proxy.trainer.checkpoint import read_layout
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SUMS = ("pg_loss", "kl_loss", "entropy_loss", "nll")  # metrics that are sums over tokens, weighed
 _MEANS = ("clip_frac", "kl", "ratio_mean")  # and those that are means; a loss has some of both
+_PACKED_ATTENTION = "flash_attention_2"
 # While one worker reads a large model or writes it, the others wait in a collective. NCCL's own limit of ten
 # minutes would end them. A worker that dies is noticed by Ray at once, whatever this is.
 _LONGEST_WAIT = timedelta(hours=2)
@@ -329,7 +330,7 @@ def _training_worker_config(config: WorkerConfig) -> TrainingWorkerConfig:
             enable_gradient_checkpointing=config.device == "cuda",
             lora_rank=config.lora_rank,
             lora_alpha=config.lora_alpha,
-            override_config={"attn_implementation": "flash_attention_2" if config.packed else "sdpa"},
+            override_config={"attn_implementation": _PACKED_ATTENTION if config.packed else "sdpa"},
         ),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",  # "fsdp" cannot synchronise module states on a CPU
