@@ -83,6 +83,7 @@ SHAPES = {
     "Qwen/Qwen3-8B": Shape("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
     "Qwen/Qwen3-14B": Shape("qwen3", 5120, 17408, 40, 40, 8, 128, 151936, False),
     "Qwen/Qwen3-32B": Shape("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
+    "Qwen/Qwen2.5-32B-Instruct": Shape("qwen2", 5120, 27648, 64, 40, 8, 128, 152064, False),
     "Qwen/Qwen2.5-Coder-7B-Instruct": Shape("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
     "meta-llama/Llama-3.2-3B-Instruct": Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True),
     "meta-llama/Llama-3.1-8B-Instruct": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
