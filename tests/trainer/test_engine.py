@@ -114,6 +114,59 @@ def test_softmax_in_pieces_gives_the_values_and_gradients_of_softmax_at_once() -
         torch.testing.assert_close(pieces, results[0])
 
 
+@pytest.mark.parametrize("lora", [{}, LORA])
+def test_weights_are_exported_file_by_file_and_not_all_held_in_main_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from lightning_proxy.trainer.backend import worker
+
+    whole = write_tiny_model(tmp_path / "whole")
+    base, new = tmp_path / "base", tmp_path / "new"
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(base, max_shard_size="20KB")
+    new.mkdir()
+    layout = read_layout(base)
+    assert len(layout) > 2
+    backend = open_backend(recipe(**lora), base)
+    own = worker_of(backend)
+    read: list[str] = []
+    written_after: dict[str, int] = {}
+    source, save = own._merged_weights if lora else own.engine.get_per_tensor_param, worker._save
+
+    def watched(*given: Any, **options: Any) -> Any:
+        made = source(*given, **options)
+        names = (read.append(pair[0]) or pair for pair in (made if lora else made[0]))
+        return names if lora else (names, made[1])
+
+    def noted(tensors: Any, path: Path) -> None:
+        written_after[path.name] = len(read)
+        save(tensors, path)
+
+    monkeypatch.setattr(
+        *((own, "_merged_weights") if lora else (own.engine, "get_per_tensor_param")), watched
+    )
+    monkeypatch.setattr(worker, "_save", noted)
+    backend.export(new, base)
+    backend.close()
+    assert read_layout(new) == layout
+    assert min(written_after.values()) < len(read) / 2
+
+
+def test_an_export_that_lacks_weights_of_the_base_says_which(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base, other = write_tiny_model(tmp_path / "base"), tmp_path / "other"
+    other.mkdir()
+    tensors = load_file(base / "model.safetensors")
+    backend = open_backend(recipe(), base)
+    tensors["model.extra.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(TrainingError, match=r"has no model\.extra\.weight, as .*other has"):
+        backend.export(tmp_path, other)
+    backend.close()
+
+
 @pytest.mark.parametrize("sampling", [PLAIN, Sampling(0.7), Sampling(0.9, top_k=5, top_p=0.9)])
 def test_logits_are_never_copied_whole_whatever_the_rows_lengths_and_the_sampling(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, sampling: Sampling

@@ -40,6 +40,7 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from lightning_proxy.errors import TrainingError
 from lightning_proxy.trainer.backend.likelihood import likelihood_loss
 from lightning_proxy.trainer.batches import Floats, Ints, Rows, plan_micro_batches
 from lightning_proxy.trainer.checkpoint import read_layout
@@ -140,15 +141,19 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
     def export(self, directory: str, base: str) -> None:
         """See ``Backend.export``."""
         layout = read_layout(Path(base))
-        dtypes = {name: info.dtype for tensors in layout.values() for name, info in tensors.items()}
-        weights = {}
+        places = {name: (file, info.dtype) for file, infos in layout.items() for name, info in infos.items()}
+        parts: dict[str, dict[str, torch.Tensor]] = {file: {} for file in layout}
         source = self._merged_weights() if self.own.lora_rank else self.engine.get_per_tensor_param()[0]
-        for name, weight in source:  # all gather each, the first worker keeps it, on the CPU
-            if self.rank == 0 and name in dtypes:
-                weights[name] = weight.detach().to(_TORCH_DTYPES[dtypes[name]]).cpu()
-        if self.rank == 0:
-            for file, tensors in layout.items():
-                _save({name: weights.pop(name) for name in tensors}, Path(directory, file))
+        for name, weight in source:  # all gather each; the first worker keeps it, until its file is whole
+            if self.rank or name not in places:
+                continue
+            file, dtype = places[name]
+            parts[file][name] = weight.detach().to(_TORCH_DTYPES[dtype]).cpu()
+            if len(parts[file]) == len(layout[file]):
+                _save(parts.pop(file), Path(directory, file))
+        if self.rank == 0 and parts:
+            lacking = [name for file in parts for name in layout[file] if name not in parts[file]]
+            raise TrainingError(f"the model that is trained has no {', '.join(lacking[:5])}, as {base} has")
         dist.barrier()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
