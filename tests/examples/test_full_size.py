@@ -123,10 +123,9 @@ def test_the_memory_in_its_header_is_what_its_settings_come_to_and_fits_the_card
     assert float(at_once) + memory.SPARE_GIB <= memory.CARD_GIB
     [cached] = re.findall(r"\(([0-9,]+) tokens\)", output.getvalue())
     assert int(cached.replace(",", "")) >= 8 * train.max_row_tokens
-    assert (
-        f"{memory.disk_gib(memory.SHAPES[model_of(file)], lora_rank=train.lora_rank):.0f} GiB a version"
-        in text
-    )
+    disk = memory.disk_gib(memory.SHAPES[model_of(file)], lora_rank=train.lora_rank)
+    at_once = memory.versions_at_once(train.keep_versions) * disk
+    assert f"{disk:.0f} GiB a version, {at_once:.0f} at once" in text
 
 
 @each_file
@@ -134,14 +133,16 @@ def test_the_documentation_has_the_same_memory(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     found = {
         word: re.findall(rf"#     {word} +([0-9.]+)", text)[0]
-        for word in ("vLLM", "update", "loading", "at once", "disk")
+        for word in ("vLLM", "update", "loading", "at once", "host")
     }
+    disk, on_disk = re.findall(r"#     disk +([0-9]+)  a version, ([0-9]+) at once", text)[0]
     weights, overhead, cache, tokens = re.findall(
         r"weights ([0-9.]+), overhead ([0-9.]+), KV cache ([0-9.]+) \(([0-9,]+) tokens\)", text
     )[0]
     row = (
         f"| `{file.stem}` | {found['vLLM']} = {weights} + {overhead} + {cache} ({tokens} tokens) "
-        f"| {found['update']} | {found['loading']} | {found['at once']} | {found['disk']} |"
+        f"| {found['update']} | {found['loading']} | {found['at once']} | {found['host']} "
+        f"| {disk}, {on_disk} |"
     )
     assert row in (ROOT / "docs" / "full-size.md").read_text(encoding="utf-8")
 
@@ -212,6 +213,14 @@ def test_what_is_counted_lies_just_above_what_was_measured(
 def test_loading_full_weights_takes_what_was_measured() -> None:
     shape = memory.SHAPES["meta-llama/Llama-3.2-3B-Instruct"]
     assert memory.load_gib(shape, lora_rank=0) == pytest.approx(71.88, abs=0.2)
+
+
+def test_main_memory_is_counted_once_a_host_unless_head_and_embeddings_are_tied() -> None:
+    apart, tied = (
+        memory.SHAPES[name] for name in ("Qwen/Qwen2.5-32B-Instruct", "Qwen/Qwen3-4B-Instruct-2507")
+    )
+    assert memory.host_gib(apart, workers_here=8) == pytest.approx(32.76e9 * 4 / memory.GIB, rel=1e-3)
+    assert memory.host_gib(tied, workers_here=8) == pytest.approx(8 * 4.02e9 * 4 / memory.GIB, rel=1e-2)
 
 
 @pytest.mark.train
