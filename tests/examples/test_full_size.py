@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from benchmarks import memory
 from lightning_proxy.cli import app
 from lightning_proxy.config import Settings, load_settings
 from lightning_proxy.proxy.engine_process import build_command
+from lightning_proxy.runner import read_tasks
 from lightning_proxy.store import Store
 from tests.trainer.recording import generation, span
 
@@ -126,6 +130,40 @@ def test_the_memory_in_its_header_is_what_its_settings_come_to_and_fits_the_card
     disk = memory.disk_gib(memory.SHAPES[model_of(file)], lora_rank=train.lora_rank)
     at_once = memory.versions_at_once(train.keep_versions) * disk
     assert f"{disk:.0f} GiB a version, {at_once:.0f} at once" in text
+
+
+def test_the_task_and_the_grader_that_the_documentation_shows_work(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "full-size.md").read_text(encoding="utf-8")
+    [line], [grader] = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("json", "python"))
+    (tmp_path / "tasks.jsonl").write_text(line)
+    [task] = read_tasks(tmp_path / "tasks.jsonl", {"group_size": 8})
+    (tmp_path / "graded.py").write_text(grader)
+    agent = "import json, os, sys; print(json.dumps({'answer': sys.argv[1] + os.getenv('TASK_ANSWER', '')}))"
+    posted: list[dict[str, Any]] = []
+
+    class Rewards(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = b'{"reward_id": 1, "rollout_id": "r1", "span_id": null, "created": true}'
+            self.send_response(201)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with HTTPServer(("127.0.0.1", 0), Rewards) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = os.environ | {
+            "LIGHTNING_REWARD_URL": f"http://127.0.0.1:{server.server_port}/reward",
+            "LIGHTNING_ROLLOUT_ID": "r1",
+            "TASK_ANSWER": task["input"]["answer"],
+            "PYTHONPATH": str(ROOT),
+        }
+        for words in (["-c", agent, "6"], ["-c", agent, "7"], ["-c", "raise SystemExit(3)"]):
+            command = [sys.executable, "graded.py", sys.executable, *words]
+            ran = subprocess.run(command, cwd=tmp_path, env=env, timeout=60)
+            assert ran.returncode == (3 if len(words) == 2 else 0)
+        server.shutdown()
+    assert [(each["rollout_id"], each["value"]) for each in posted] == [("r1", 1.0), ("r1", 0.0)]
 
 
 @each_file
