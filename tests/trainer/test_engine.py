@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -136,8 +137,12 @@ def test_weights_are_exported_file_by_file_and_not_all_held_in_main_memory(
 
     def watched(*given: Any, **options: Any) -> Any:
         made = source(*given, **options)
-        names = (read.append(pair[0]) or pair for pair in (made if lora else made[0]))
-        return names if lora else (names, made[1])
+        return noting(made) if lora else (noting(made[0]), made[1])
+
+    def noting(weights: Any) -> Any:
+        for name, weight in weights:
+            read.append(name)
+            yield name, weight
 
     def noted(tensors: Any, path: Path) -> None:
         written_after[path.name] = len(read)
@@ -178,7 +183,7 @@ def test_logits_are_never_copied_whole_whatever_the_rows_lengths_and_the_samplin
 
     made: list[int] = []
 
-    class Allocations(TorchDispatchMode):
+    class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = function(*args, **(kwargs or {}))
             old = {each.untyped_storage()._cdata for each in args if isinstance(each, torch.Tensor)}
@@ -188,7 +193,7 @@ def test_logits_are_never_copied_whole_whatever_the_rows_lengths_and_the_samplin
 
     def watched(self: Any, *, output: Any, **rest: Any) -> Any:
         sizes.append(output.logits.numel())
-        with Allocations():
+        with Allocations():  # type: ignore[no-untyped-call]
             return original(self, output=output, **rest)
 
     sizes: list[int] = []
@@ -237,12 +242,12 @@ def test_flash_attention_is_not_used_unless_asked_for_and_refused_where_it_is_no
     from lightning_proxy.trainer.backend import verl_backend
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(verl_backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert not verl_backend.worker_config(recipe(device="cuda"), tiny_model).packed
     assert verl_backend.worker_config(recipe(device="cuda", flash_attention=True), tiny_model).packed
     with pytest.raises(TrainingError, match="flash_attention = true needs a GPU"):
         verl_backend.worker_config(recipe(flash_attention=True), tiny_model)
-    monkeypatch.setattr(verl_backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrainingError, match="flash_attention = true, but flash_attn is not installed"):
         verl_backend.worker_config(recipe(device="cuda", flash_attention=True), tiny_model)
 
