@@ -29,6 +29,7 @@ from benchmarks.memory import GIB, SHAPES, Shape, update_gib
 from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.trainer.backend import open_backend
 from lightning_proxy.trainer.batches import Rows
+from lightning_proxy.trainer.sampling import PLAIN, Sampling
 
 SMALL = Shape("qwen3", 256, 768, 4, 8, 4, 32, 4096, False)
 _AGREE = {"adam_eps": 1e-5, "micro_batch_tokens": 512, "lora_alpha": 16}
@@ -52,6 +53,8 @@ def main() -> None:
     size.add_argument("--lora-rank", type=int, default=0)
     size.add_argument("--row-tokens", type=int, default=4096)
     size.add_argument("--rows", type=int, default=8)
+    size.add_argument("--mixed", action="store_true", help="lengths from a quarter of --row-tokens up to it")
+    size.add_argument("--temperature", type=float, default=1.0, help="that the tokens were sampled at")
     size.add_argument("--longest", type=int, default=0, help="tokens of one more row, updated alone")
     size.add_argument("--micro-batch-tokens", type=int, default=8192)
     size.add_argument("--device", default="cuda")
@@ -65,7 +68,7 @@ def main() -> None:
             measure(given, Path(directory))
 
 
-def random_rows(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> Rows:
+def random_rows(lengths: Sequence[int], vocabulary: int, *, seed: int = 0, temperature: float = 1.0) -> Rows:
     """Rows of random tokens, the second half of each trained, with random advantages."""
     generator = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -79,13 +82,14 @@ def random_rows(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> Rows:
         logprobs=zeros,
         advantages=np.where(mask, advantages, 0).astype(np.float32),
         weights=(mask / mask.sum()).astype(np.float32),
-        sampling=np.zeros(total, dtype=np.int16),
+        sampling=mask.astype(np.int16),
         raw=np.zeros(total, dtype=np.bool_),
         importance=mask.astype(np.float32),
         reference=zeros,
         versions=np.zeros(total, dtype=np.int64),
         offsets=offsets,
         rollouts=tuple(map(str, range(len(lengths)))),
+        samplings=(PLAIN, Sampling(temperature)),
     )
 
 
@@ -220,7 +224,9 @@ def measure(given: argparse.Namespace, directory: Path) -> None:
         write_random_model(shape, model, dtype="bfloat16", device=given.device)
     with step("open"):
         backend = open_backend(settings, model)
-    rows = random_rows([given.row_tokens] * given.rows, shape.vocab_size)
+    shortest = given.row_tokens // 4 if given.mixed else given.row_tokens
+    lengths = np.linspace(given.row_tokens, shortest, given.rows).astype(int).tolist()
+    rows = random_rows(lengths, shape.vocab_size, temperature=given.temperature)
     tokens = len(rows.tokens)
     with step("logprobs", tokens):
         rows = rows.with_logprobs(backend.logprobs(rows))
@@ -229,7 +235,7 @@ def measure(given: argparse.Namespace, directory: Path) -> None:
             metrics = backend.update(rows)
     print({name: round(value, 6) for name, value in metrics.items()})
     if given.longest:
-        alone = random_rows([given.longest], shape.vocab_size)
+        alone = random_rows([given.longest], shape.vocab_size, temperature=given.temperature)
         expected = update_gib(shape, lora_rank=rank, tokens=given.longest)
         with step(
             f"update one row of {given.longest}, {sum(expected.values()):.1f} GiB expected", given.longest

@@ -1,4 +1,4 @@
-"""How a GPU's memory is split between vLLM and the update: counted from a model's shape.
+"""How a GPU's memory is split between vLLM and the update, and what else they take: from a model's shape.
 
     python -m benchmarks.memory Qwen/Qwen3-8B --lora-rank 32 --micro-batch-tokens 8192 --utilization 0.5
 
@@ -83,6 +83,7 @@ SHAPES = {
     "Qwen/Qwen3-8B": Shape("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
     "Qwen/Qwen3-14B": Shape("qwen3", 5120, 17408, 40, 40, 8, 128, 151936, False),
     "Qwen/Qwen3-32B": Shape("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
+    "Qwen/Qwen2.5-32B-Instruct": Shape("qwen2", 5120, 27648, 64, 40, 8, 128, 152064, False),
     "Qwen/Qwen2.5-Coder-7B-Instruct": Shape("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
     "meta-llama/Llama-3.2-3B-Instruct": Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True),
     "meta-llama/Llama-3.1-8B-Instruct": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
@@ -142,6 +143,20 @@ def cache_tokens(shape: Shape, *, utilization: float, gpus: int = 1) -> int:
     return int(room / shape.cache_bytes_per_token)
 
 
+def host_gib(shape: Shape, *, workers_here: int = 1) -> float:
+    """Main memory that the update takes of its first worker's host, in GiB: the whole model in float32.
+
+    While it is read, with LoRA too. Where head and embeddings are tied, verl has each worker read it. An
+    export holds the tensors of one file at a time.
+    """
+    return 4 * shape.parameters * (workers_here if shape.tie_word_embeddings else 1) / GIB
+
+
+def versions_at_once(keep_versions: int) -> int:
+    """On disk: the one that serves, those kept, the guard's best, and one being written."""
+    return keep_versions + 3
+
+
 def disk_gib(shape: Shape, *, lora_rank: int) -> float:
     """One version on disk: bfloat16 weights, and what is trained in float32 with its moments."""
     trained = shape.adapter_parameters(lora_rank) if lora_rank else shape.parameters
@@ -157,13 +172,16 @@ def split(given: argparse.Namespace) -> list[str]:
     engine = engine_gib(shape, utilization=given.utilization, gpus=given.engine_gpus)
     cached = cache_tokens(shape, utilization=given.utilization, gpus=given.engine_gpus)
     most = max(sum(update.values()), load) + (0 if given.apart else sum(engine.values()))
+    host = host_gib(shape, workers_here=min(workers, given.workers_per_host))
+    disk, most_versions = disk_gib(shape, lora_rank=rank), versions_at_once(given.keep_versions)
     lines = [
         f"{given.model}, {shape.parameters / 1e9:.2f} billion parameters; GiB per GPU, of {CARD_GIB}:",
         f"  vLLM    {sum(engine.values()):5.1f}  {_listed(engine)} ({cached:,} tokens)",
         f"  update  {sum(update.values()):5.1f}  {_listed(update)}",
         f"  loading {load:5.1f}  the trainer's state, before the update",
         f"  at once {most:5.1f}  at most, {'of the update alone' if given.apart else 'of both'}",
-        f"  disk    {disk_gib(shape, lora_rank=rank):5.0f}  per version",
+        f"  host    {host:5.1f}  of main memory, of the first worker's host, while the model is read",
+        f"  disk    {disk:5.0f}  a version, {most_versions * disk:.0f} at once: {most_versions} of them",
     ]
     return [part for line in lines for part in textwrap.wrap(line, 104, subsequent_indent=" " * 17)]
 
@@ -181,6 +199,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--lora-rank", type=int, default=0, help="0: full weights")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--workers", type=int, default=1, help="GPUs of the update")
+    parser.add_argument("--workers-per-host", type=int, default=8, help="most of them")
+    parser.add_argument("--keep-versions", type=int, default=1, help="train.keep_versions")
     parser.add_argument("--utilization", type=float, default=0.9, help="vLLM's --gpu-memory-utilization")
     parser.add_argument("--engine-gpus", type=int, default=1, help="vLLM's --tensor-parallel-size")
     parser.add_argument("--apart", action="store_true", help="vLLM and the update are not on the same GPU")

@@ -172,6 +172,11 @@ class TrainSettings(CreditSettings):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Precision of the update's forward pass."
     )
+    flash_attention: bool = Field(
+        default=False,
+        description="The update's attention by flash-attention (`flash_attn`, to be installed) on rows "
+        "without padding, in place of PyTorch's own. On CUDA only, and not yet run there.",
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 leaves the choice to torch.")
     seed: int = Field(default=0, ge=0, description="Seed of everything random in the update.")
     verify_tolerance: float = Field(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lightning_proxy.errors import TrainingError
 from lightning_proxy.trainer.backend import open_backend
 from lightning_proxy.trainer.batches import Rows
 from lightning_proxy.trainer.checkpoint import read_layout
@@ -85,3 +87,65 @@ def test_workers_join_a_cluster_that_runs_already_and_spread_over_its_nodes(
             backend.close()
     finally:
         cluster.shutdown()
+
+
+@pytest.fixture
+def small_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A cluster that runs already, of one node with two CPUs; its address is in the environment."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.timeout(300)
+def test_a_cluster_that_is_too_small_is_refused_and_left(small_cluster: str, tiny_model: Path) -> None:
+    import ray
+
+    with pytest.raises(TrainingError, match=r"workers = 3 cannot be spread evenly"):
+        open_backend(recipe(workers=3), tiny_model)
+    assert not ray.is_initialized()
+
+
+@pytest.mark.timeout(300)
+def test_a_busy_cluster_is_waited_for_no_longer_than_said_and_nothing_stays_reserved(
+    small_cluster: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from lightning_proxy.trainer.backend import on_ray
+
+    monkeypatch.setattr(on_ray, "_PATIENCE_S", 2.0)
+    ray.init(log_to_driver=False)  # by somebody else in this process: it stays
+    try:
+        taken = ray.util.placement_group([{"CPU": 1}])
+        assert taken.wait(60)
+        with pytest.raises(TrainingError, match=r"want \[2\] CPUs.*\[1\] were free, of \[2\]"):
+            open_backend(recipe(workers=2), tiny_model)
+        assert ray.is_initialized()
+        ray.util.remove_placement_group(taken)
+        again = ray.util.placement_group([{"CPU": 1}, {"CPU": 1}])
+        assert again.wait(60)
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.timeout(900)
+def test_a_worker_that_cannot_start_fails_the_pass_and_leaves_the_cluster_as_it_was(
+    small_cluster: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text((tiny_model / "config.json").read_text())  # and no weights
+    with pytest.raises(TrainingError, match=r"(?s)workers = 2: one did not start.*broken"):
+        open_backend(recipe(workers=2), broken)
+    assert not ray.is_initialized()
+    ray.init(log_to_driver=False)
+    try:
+        assert ray.util.placement_group([{"CPU": 1}, {"CPU": 1}]).wait(60)
+    finally:
+        ray.shutdown()

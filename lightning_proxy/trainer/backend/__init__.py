@@ -1,9 +1,10 @@
 """The update engine: the only place that imports verl, torch and ray, and only when it is opened.
 
 ``open_backend`` gives a ``Backend``; ``verl_backend`` implements it with verl's ``TrainingWorker``,
-in this process or on several Ray workers; ``worker`` is what runs on each of them, on verl's engine as
-``engine`` has it; ``cpu_platform`` teaches verl to run on a CPU; ``estimators`` are verl's advantage
-estimators by name; ``tokens`` puts demonstrations into the model's tokens. This file itself needs no torch.
+in this process or, by ``on_ray``, on several Ray workers; ``worker`` is what runs on each of them, on
+verl's engine as ``engine`` has it; ``cpu_platform`` teaches verl to run on a CPU; ``estimators`` are verl's
+advantage estimators by name; ``tokens`` puts demonstrations into the model's tokens. This file itself needs
+no torch.
 """
 
 from __future__ import annotations

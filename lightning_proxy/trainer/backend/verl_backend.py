@@ -1,10 +1,10 @@
-"""The update through verl's ``TrainingWorker``: in this process, or on several workers of Ray."""
+"""The update through verl's ``TrainingWorker``: in this process, or on several workers of ``on_ray``."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -38,7 +38,7 @@ class VerlBackend:
         config = worker_config(settings, model)
         with stdout_to_stderr():
             self._workers: _Workers = (
-                _InProcess(config) if settings.workers == 1 else _OnRay(config, settings.workers)
+                _InProcess(config) if settings.workers == 1 else _on_ray(config, settings.workers)
             )
 
     def logprobs(self, rows: Rows) -> Floats:
@@ -74,10 +74,12 @@ def worker_config(settings: TrainSettings, model: Path) -> WorkerConfig:
         raise TrainingError("[train] device = 'cuda', but torch sees no GPU; 'auto' would take the CPU")
     _check_policy_loss(settings.policy_loss)
     device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if settings.flash_attention:
+        _check_flash_attention(device)
     return WorkerConfig(
         model=str(model),
         device=device,
-        packed=device == "cuda" and importlib.util.find_spec("flash_attn") is not None,
+        packed=settings.flash_attention,
         dtype=settings.dtype,
         learning_rate=settings.learning_rate,
         adam_eps=settings.adam_eps,
@@ -98,6 +100,13 @@ def worker_config(settings: TrainSettings, model: Path) -> WorkerConfig:
     )
 
 
+def _check_flash_attention(device: str) -> None:
+    if device != "cuda":
+        raise TrainingError("[train] flash_attention = true needs a GPU; the update is on the CPU")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise TrainingError("[train] flash_attention = true, but flash_attn is not installed")
+
+
 def _check_policy_loss(name: str) -> None:
     if name in _OWN_AGGREGATION:
         raise TrainingError(
@@ -111,22 +120,6 @@ def _check_policy_loss(name: str) -> None:
     if name not in POLICY_LOSS_REGISTRY:
         names = ", ".join(sorted(set(POLICY_LOSS_REGISTRY) - _OWN_AGGREGATION - set(_NEEDS_SETTING)))
         raise TrainingError(f"[train] policy_loss = {name!r}: verl has {names}")
-
-
-def workers_per_node(count: int, room: Sequence[int], kind: str) -> list[int]:
-    """As few nodes of the cluster as hold the workers, the same number on each: verl wants that.
-
-    ``room``: how many each node could hold, one per ``kind`` (GPU, CPU). ``TrainingError`` where it
-    cannot be done.
-    """
-    largest_first = sorted(room, reverse=True)
-    for nodes, smallest in enumerate(largest_first, start=1):
-        if count % nodes == 0 and smallest >= count // nodes:
-            return [count // nodes] * nodes
-    raise TrainingError(
-        f"[train] workers = {count} cannot be spread evenly over Ray's nodes, which have {largest_first} "
-        f"{kind}s"
-    )
 
 
 class _InProcess:
@@ -147,39 +140,7 @@ class _InProcess:
             torch.cuda.empty_cache()
 
 
-class _OnRay:
-    """Several workers, each a Ray actor; on CPUs as on GPUs."""
+def _on_ray(config: WorkerConfig, count: int) -> _Workers:
+    from lightning_proxy.trainer.backend.on_ray import OnRay  # which imports Ray: seconds
 
-    def __init__(self, config: WorkerConfig, count: int) -> None:
-        import ray
-        from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-
-        self._started = not ray.is_initialized()
-        if self._started:
-            joins = "RAY_ADDRESS" in os.environ  # a cluster that runs already: its resources are its own
-            ray.init(
-                num_cpus=None if joins or config.device == "cuda" else count,
-                include_dashboard=False,
-                log_to_driver=False,  # from a thread, past stdout_to_stderr
-                logging_level="warning",
-            )
-        kind = "GPU" if config.device == "cuda" else "CPU"
-        room = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
-        # Each worker of a pool reserves max_colocate_count CPUs, 10 by default.
-        pool = RayResourcePool(
-            process_on_nodes=workers_per_node(count, room, kind), use_gpu=kind == "GPU", max_colocate_count=1
-        )
-        self._group = RayWorkerGroup(
-            resource_pool=pool,
-            ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(UpdateWorker), config=config),
-            device_name=config.device,
-        )
-
-    def call(self, method: str, *arguments: object) -> Any:
-        return getattr(self._group, method)(*arguments)[0]
-
-    def close(self) -> None:
-        import ray
-
-        if self._started:
-            ray.shutdown()
+    return OnRay(config, count)

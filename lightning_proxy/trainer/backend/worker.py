@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,18 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from lightning_proxy.errors import TrainingError
 from lightning_proxy.trainer.backend.likelihood import likelihood_loss
-from lightning_proxy.trainer.backend.shaping import Shaper
 from lightning_proxy.trainer.batches import Floats, Ints, Rows, plan_micro_batches
 from lightning_proxy.trainer.checkpoint import read_layout
 
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SUMS = ("pg_loss", "kl_loss", "entropy_loss", "nll")  # metrics that are sums over tokens, weighed
 _MEANS = ("clip_frac", "kl", "ratio_mean")  # and those that are means; a loss has some of both
+_PACKED_ATTENTION = "flash_attention_2"
+# While one worker reads a large model or writes it, the others wait in a collective. NCCL's own limit of ten
+# minutes would end them. A worker that dies is noticed by Ray at once, whatever this is.
+_LONGEST_WAIT = timedelta(hours=2)
 _OWN_OPTIONS = ("lr", "initial_lr", "eps", "weight_decay")  # the settings decide, not a saved optimiser
 
 
@@ -89,7 +94,6 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
         policy = functools.partial(policy_loss, _actor_config(config), config)
         self.set_loss_fn(likelihood_loss if config.loss == "likelihood" else policy)
         self.reset()
-        self._shaper = Shaper(self.engine.module, packed=config.packed)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def logprobs(self, rows: Rows) -> Floats:
@@ -137,15 +141,19 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
     def export(self, directory: str, base: str) -> None:
         """See ``Backend.export``."""
         layout = read_layout(Path(base))
-        dtypes = {name: info.dtype for tensors in layout.values() for name, info in tensors.items()}
-        weights = {}
+        places = {name: (file, info.dtype) for file, infos in layout.items() for name, info in infos.items()}
+        parts: dict[str, dict[str, torch.Tensor]] = {file: {} for file in layout}
         source = self._merged_weights() if self.own.lora_rank else self.engine.get_per_tensor_param()[0]
-        for name, weight in source:  # all gather each, the first worker keeps it, on the CPU
-            if self.rank == 0 and name in dtypes:
-                weights[name] = weight.detach().to(_TORCH_DTYPES[dtypes[name]]).cpu()
-        if self.rank == 0:
-            for file, tensors in layout.items():
-                _save({name: weights.pop(name) for name in tensors}, Path(directory, file))
+        for name, weight in source:  # all gather each; the first worker keeps it, until its file is whole
+            if self.rank or name not in places:
+                continue
+            file, dtype = places[name]
+            parts[file][name] = weight.detach().to(_TORCH_DTYPES[dtype]).cpu()
+            if len(parts[file]) == len(layout[file]):
+                _save(parts.pop(file), Path(directory, file))
+        if self.rank == 0 and parts:
+            lacking = [name for file in parts for name in layout[file] if name not in parts[file]]
+            raise TrainingError(f"the model that is trained has no {', '.join(lacking[:5])}, as {base} has")
         dist.barrier()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
@@ -186,7 +194,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
 
     def _tensors(self, rows: Rows) -> TensorDict:
         """One micro-batch as the jagged TensorDict that verl's engine and ``ppo_loss`` take."""
-        self._shaper.expect(rows)
+        self.engine.samplings = rows.samplings if rows.sampling[rows.mask].any() else rows.samplings[:1]
         starts_N = [int(np.flatnonzero(mask)[0]) if mask.any() else 1 for mask in _per_row(rows, rows.mask)]
 
         def responses(values_T: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -199,6 +207,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
         return tu.get_tensordict(
             {
                 "input_ids": _jagged(tokens, torch.int64),
+                "sampling": _jagged(_per_row(rows, np.where(rows.mask, rows.sampling, 0)), torch.int64),
                 "position_ids": _jagged([np.arange(length) for length in rows.lengths], torch.int64),
                 "prompts": _jagged(prompts, torch.int64),
                 "responses": responses(rows.tokens, torch.int64),
@@ -212,7 +221,7 @@ class UpdateWorker(TrainingWorker):  # type: ignore[misc]
                 "token_weights": _jagged(_per_row(rows, rows.weights), torch.float32),
             },
             {
-                "temperature": 1.0,  # the shaper scales, token by token
+                "temperature": 1.0,  # the engine scales, token by token
                 "global_batch_size": len(rows),
                 "use_dynamic_bsz": False,
                 "micro_batch_size_per_gpu": len(rows),
@@ -310,9 +319,9 @@ def _join_process_group(device: str) -> None:
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     if int(os.environ["WORLD_SIZE"]) == 1:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_LONGEST_WAIT)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_LONGEST_WAIT)
 
 
 def _training_worker_config(config: WorkerConfig) -> TrainingWorkerConfig:
@@ -326,7 +335,7 @@ def _training_worker_config(config: WorkerConfig) -> TrainingWorkerConfig:
             enable_gradient_checkpointing=config.device == "cuda",
             lora_rank=config.lora_rank,
             lora_alpha=config.lora_alpha,
-            override_config={"attn_implementation": "flash_attention_2" if config.packed else "sdpa"},
+            override_config={"attn_implementation": _PACKED_ATTENTION if config.packed else "sdpa"},
         ),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",  # "fsdp" cannot synchronise module states on a CPU
