@@ -43,7 +43,8 @@ def test_thumbs_without_tasks_groups_or_ids_make_new_versions(tmp_path: Path) ->
     with Store.open(tmp_path / "live" / "lightning.db") as store:
         committed = [run for run in store.list_runs() if run.state is RunState.COMMITTED]
         assert committed
-        assert {method for run in committed for method in run.report["groups"]} == {"running"}
+        groups = [methods for run in committed for methods in run.report["groups"].values()]
+        assert {method for methods in groups for method in methods} == {"running"}
         compared = store.compare_versions("policy")
     rewarded = sum(row.rewarded for row in (*compared.versions, compared.mixed))
     assert rewarded == pytest.approx(report["thumbs"], abs=2)  # one conversation each
