@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,13 @@ import pytest
 
 from examples import experiment
 from examples.calculator.tasks import make_task as calculator_task
-from examples.environment import agents_python
 from examples.experiment import NAMES
 from examples.search.tasks import make_task as search_task
 from examples.search.tasks import sentence
 from examples.sql.tasks import make_task as sql_task
 from lightning_proxy.demo.sample import AgentHost, ProxyApi, Result, sample
 from tests.conftest import ProxyThread
-from tests.engine import EngineThread, FakeEngine, Model, Script
+from tests.engine import EngineThread, Script
 
 AGENTS = [experiment.HERE / name / "agent.py" for name in NAMES]
 SERVICE = experiment.HERE / "calculator" / "service.py"
@@ -47,20 +46,6 @@ def test_an_agent_imports_its_framework_the_standard_library_and_its_own_folder(
     beside = {path.stem for path in script.parent.glob("*.py")}
     assert imported - sys.stdlib_module_names - beside <= FRAMEWORKS
     assert "lightning" not in script.read_text(encoding="utf-8").replace("nothing of lightning-proxy", "")
-
-
-@pytest.fixture
-def engine() -> Iterator[EngineThread]:
-    """A fake vLLM that serves the agents' model."""
-    thread = EngineThread(FakeEngine(name="policy", model=Model(bytes_per_token=4)))
-    yield thread
-    thread.stop()
-
-
-@pytest.fixture(scope="session")
-def python() -> str:
-    """Takes a minute where it is not made yet. Of the session, so that pip finds its proxy variables."""
-    return agents_python()
 
 
 @pytest.fixture

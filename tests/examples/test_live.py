@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from examples.environment import agents_python
 from examples.live.report import Recorded, by_version, line_of, mixed_up, recorded_answers, save
 from examples.live.run import SERVICE
 from examples.live.users import Agent, AgentDied, Answered, Crowd, Habits
 from tests.conftest import ProxyThread
-from tests.engine import EngineThread, FakeEngine, Model, Script
+from tests.engine import EngineThread, Script
 
 HURRIED = Habits(
     users=4, pause_s=0.05, rate=0.5, delay_s=(0.1, 0.4), mistaken=0.5, correct_after_s=(0.05, 0.1)
@@ -50,20 +48,6 @@ def test_each_version_is_compared_with_the_first(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "live.json").read_text())
     assert [row["version"] for row in saved["versions"]] == [0, 2]
     assert (tmp_path / "live.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.fixture
-def engine() -> Iterator[EngineThread]:
-    """A fake vLLM that calculates the same sum each time."""
-    thread = EngineThread(FakeEngine(name="policy", model=Model(bytes_per_token=4)))
-    yield thread
-    thread.stop()
-
-
-@pytest.fixture(scope="session")
-def python() -> str:
-    """Takes a minute where it is not made yet. Of the session, so that pip finds its proxy variables."""
-    return agents_python()
 
 
 @pytest.mark.clients
