@@ -1,6 +1,6 @@
 """Runs all that docs/experiments.md tells of, and keeps what comes of it: ``python -m examples.collect``.
 
-An hour and a half on two cores. Each run is put into ``results/`` as soon as it has ended, with what it ran
+About an hour on two cores. Each run is put into ``results/`` as soon as it has ended, with what it ran
 on; those that are there already are kept, so that it goes on where it was stopped. ``report`` draws them.
 """
 

@@ -88,6 +88,8 @@ class Traffic:
                 finally:
                     schedule.cancel()
                     await asyncio.wait([schedule])
+                if not schedule.cancelled():
+                    schedule.result()  # a schedule that broke is no schedule
         return crowd
 
     async def _train_until(self, last: float) -> None:
