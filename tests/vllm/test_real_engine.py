@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,15 @@ def promote(served: Served, version: int) -> tuple[int, Any]:
     return status, json.loads(body)
 
 
+@contextmanager
+def begun(url: str, body: dict[str, Any]) -> Iterator[HTTPResponse]:
+    """A streamed answer of which the first bytes are here: the engine has the call in hand."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert answer.read(1)
+        yield answer
+
+
 def test_weights_change_under_a_running_stream_and_a_wrong_version_is_put_back(
     served: Served, tmp_path: Path
 ) -> None:
@@ -162,24 +173,23 @@ def test_weights_change_under_a_running_stream_and_a_wrong_version_is_put_back(
     assert served_now == pytest.approx(wrong["logprobs"], abs=1e-4)
 
     body = {"model": MODEL, "prompt": "hello", "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    streaming = threading.Thread(
-        target=post, args=(f"{served.url}/rollout/in-flight/v1/completions", body), daemon=True
-    )
-    streaming.start()
     good = stage(served, weights, right)
-    status, answer = promote(served, good)
-    assert status == 200, answer
-    assert answer["verify_max_diff"] < 1e-4
-    post(f"{served.url}/rollout/after/v1/completions", {**body, "max_tokens": 5, "stream": False})
-    streaming.join(300)
+    try:
+        with begun(f"{served.url}/rollout/in-flight/v1/completions", body) as streaming:
+            status, answer = promote(served, good)
+            assert status == 200, answer
+            assert answer["verify_max_diff"] < 1e-4
+            post(f"{served.url}/rollout/after/v1/completions", {**body, "max_tokens": 5, "stream": False})
+            streaming.read()
+    finally:  # the tests that follow are of version 0
+        status, answer = promote(served, 0)
+    assert (status, answer["status"]) == (200, "active")
+
     (flying,) = spans_of(served, "in-flight")
     assert (flying.error_class, len(flying.generations[0].response_token_ids)) == (None, 1500)
     assert (flying.policy_version, flying.policy_version_end) == (0, good)
     (after,) = spans_of(served, "after")
     assert (after.policy_version, after.policy_version_end) == (good, good)
-
-    status, answer = promote(served, 0)
-    assert (status, answer["status"]) == (200, "active")
 
 
 def test_a_killed_engine_is_started_again_and_calls_wait_for_it(served: Served) -> None:
