@@ -1,7 +1,8 @@
 """Runs all that docs/experiments.md tells of, and keeps what comes of it: ``python -m examples.collect``.
 
-One and a half to two hours on two cores. Each run is put into ``results/`` as soon as it has ended, with what it ran
-on; those that are there already are kept, so that it goes on where it was stopped. ``report`` draws them.
+One and a half to two hours on two cores. Each run is put into ``results/`` as soon as it has ended, with
+what it ran on; those that are there already are kept, so that it goes on where it was stopped. ``report``
+draws them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from examples.live.run import MINUTES
 from examples.live.run import run as run_live
 from examples.live.users import Habits
 from examples.report import RESULTS
-from lightning_proxy.demo.loop import run
+from lightning_proxy.experiment.loop import run
 
 SEEDS = (0, 1, 2)
 _PACKAGES = (

@@ -1,45 +1,38 @@
 """Runs one of the experiments: ``python -m examples.experiment sql --seed 0``.
 
-The loop is that of ``lightning-proxy demo``; here stand agents, tasks and roles.
+The loop is that of ``lightning_proxy.experiment``; here stand agents, tasks and roles.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from examples.calculator.tasks import make_task as calculator_task
 from examples.environment import CannotInstall, agents_python
 from examples.search.tasks import make_task as search_task
 from examples.sql import prompts as sql_prompts
 from examples.sql.tasks import make_task as sql_task
-from lightning_proxy.demo.loop import Experiment, run
-from lightning_proxy.demo.processes import DemoFailed
-from lightning_proxy.demo.sample import AgentTask
-from lightning_proxy.demo.tasks import Split
+from lightning_proxy.experiment.definition import AgentTask, Experiment, Split
+from lightning_proxy.experiment.loop import run
+from lightning_proxy.experiment.processes import ExperimentFailed
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "model" / "weights"
 
 # The checker is not trained. All three are answered by one model, as in the paper.
-_SQL_ROLES = f"""\
-roles = ["writer", "rewriter"]
-
-[[roles]]
-name = "writer"
-system_contains = "{sql_prompts.WRITER}"
-
-[[roles]]
-name = "checker"
-system_contains = "{sql_prompts.CHECKER}"
-
-[[roles]]
-name = "rewriter"
-system_contains = "{sql_prompts.REWRITER}"
-"""
+_SQL_ROLES = {
+    "train": {"roles": ["writer", "rewriter"]},
+    "roles": [
+        {"name": "writer", "system_contains": sql_prompts.WRITER},
+        {"name": "checker", "system_contains": sql_prompts.CHECKER},
+        {"name": "rewriter", "system_contains": sql_prompts.REWRITER},
+    ],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +41,7 @@ class _Kind:
 
     title: str
     make_task: Callable[[int, Split, int], AgentTask]
-    tables: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 _KINDS = {
@@ -73,7 +66,7 @@ def experiment(name: str) -> Experiment:
         agent=HERE / name / "agent.py",
         make_tasks=make_tasks,
         python=agents_python(),
-        tables=kind.tables,
+        settings=kind.settings,
         held_out_tasks=96,
         iterations=10,
         measure_sampled=True,
@@ -106,7 +99,7 @@ def main() -> None:
             iterations=args.iterations,
             shuffle=args.shuffle_rewards,
         )
-    except (DemoFailed, CannotInstall) as failure:
+    except (ExperimentFailed, CannotInstall) as failure:
         sys.exit(f"experiment: {failure}")
     print(
         f"held-out success: {result.initial:.3f} before, {result.final:.3f} after "

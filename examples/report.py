@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from examples.experiment import NAMES
-from lightning_proxy.demo.curve import headless_pyplot
+from lightning_proxy.experiment.curve import headless_pyplot
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

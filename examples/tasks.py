@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
 
-from lightning_proxy.demo.tasks import Split
+from lightning_proxy.experiment.definition import Split
 
 Item = TypeVar("Item")
 Other = TypeVar("Other")

@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "client": {"errors"},
     "runner": {"errors", "config", "store", "client"},
     "exchange": {"", "errors", "words", "config", "store", "redaction"},
-    "demo": {"errors", "config", "store"},
+    "experiment": {"errors", "config", "client"},
+    "demo": {"experiment"},
     "cli": {
         "",
         "errors",
@@ -47,6 +48,7 @@ MAY_IMPORT = {
         "client",
         "runner",
         "exchange",
+        "experiment",
         "demo",
     },
 }
@@ -55,8 +57,8 @@ ONLY_IN = {
     "verl": ("trainer/backend/",),
     "ray": ("trainer/backend/",),
     "tensordict": ("trainer/backend/",),
-    "torch": ("trainer/backend/", "demo/"),
-    "transformers": ("trainer/backend/", "demo/"),
+    "torch": ("trainer/backend/", "experiment/tiny_model.py"),
+    "transformers": ("trainer/backend/", "experiment/tiny_model.py"),
     "vllm": (),
     "pyarrow": ("exchange/parquet.py",),
     "opentelemetry": ("exchange/otel.py", "exchange/otlp.py", "exchange/otel_import.py"),

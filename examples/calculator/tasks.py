@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from examples.tasks import Draw, pairs_of
-from lightning_proxy.demo.tasks import Split
+from lightning_proxy.experiment.definition import Split
 
 PEOPLE = ("Anna", "Ben", "Carla", "David", "Elena", "Felix", "Greta", "Hugo")
 THINGS = ("pens", "coins", "eggs", "cards", "shells", "stamps", "nuts", "rings")

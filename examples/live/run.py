@@ -20,8 +20,13 @@ from examples.environment import CannotInstall, agents_python
 from examples.experiment import WEIGHTS, seed_of
 from examples.live.report import by_version, line_of, mixed_up, recorded_answers, save
 from examples.live.users import Agent, AgentDied, Crowd, Habits
-from lightning_proxy.demo.loop import command_of, prepare, serving, write_config
-from lightning_proxy.demo.processes import Children, DemoFailed, clean_environment, ended_by_signals
+from lightning_proxy.experiment.processes import (
+    Children,
+    ExperimentFailed,
+    clean_environment,
+    ended_by_signals,
+)
+from lightning_proxy.experiment.workdir import command_of, prepare, serving, write_config
 
 SERVICE = Path(__file__).parents[1] / "calculator" / "service.py"
 MINUTES = 10.0
@@ -33,10 +38,10 @@ LAST_S = 75.0  # of traffic, in which no further pass begins: the last version s
 def run(workdir: Path, *, seed: int, minutes: float, habits: Habits) -> float:
     """Runs it, prints the report, leaves live.json and live.png; returns the lower end of the last gain.
 
-    Raises DemoFailed, or AgentDied, with the reason.
+    Raises ExperimentFailed, or AgentDied, with the reason.
     """
     workdir = prepare(workdir, WEIGHTS)
-    write_config(workdir, policy="policy", seed=seed, min_rollouts=MIN_ROLLOUTS)
+    write_config(workdir, {"train": {"seed": seed, "min_rollouts": MIN_ROLLOUTS}}, policy="policy")
     with ended_by_signals(), serving(workdir, print) as (children, proxy):
         traffic = Traffic(workdir, proxy.url, children)
         crowd = asyncio.run(traffic.flow(seed, minutes, habits))
@@ -109,7 +114,7 @@ class Traffic:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
 
     def _tell(self, crowd: Crowd) -> None:
-        """A line each half minute; DemoFailed if the proxy has ended."""
+        """A line each half minute; ExperimentFailed if the proxy has ended."""
         self._children.check()
         now = time.monotonic()
         if now < self._next_line or not crowd.answered:
@@ -138,7 +143,7 @@ def main() -> None:
         )
     try:
         gain = run(workdir, seed=args.seed, minutes=args.minutes, habits=Habits())
-    except (DemoFailed, CannotInstall, AgentDied) as failure:
+    except (ExperimentFailed, CannotInstall, AgentDied) as failure:
         sys.exit(f"live: {failure or AgentDied.__doc__}")
     if gain <= 0:
         sys.exit(

@@ -18,8 +18,8 @@ from typing import IO, Any, Self
 import aiohttp
 
 from examples.calculator.tasks import CalculatorTask, make_task
-from lightning_proxy.demo.grade import is_right
 from lightning_proxy.errors import LightningError
+from lightning_proxy.experiment.grade import is_right
 
 _PATIENCE_S = 120.0  # of users, for an answer
 

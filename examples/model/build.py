@@ -6,22 +6,23 @@ three experiments together. The result is shipped in ``weights/``; this makes it
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from examples.calculator.tasks import make_task as calculator_task
 from examples.model import demonstrators
 from examples.search.tasks import make_task as search_task
 from examples.sql.tasks import make_task as sql_task
-from lightning_proxy.demo.model import Conversation, build_model, build_tokenizer, render, save, warm_start
+from lightning_proxy.experiment.tiny_model import (
+    SEED,
+    Conversation,
+    Recipe,
+    build_by_command_line,
+    build_tokenizer,
+    render,
+)
 
 TASK_SEED = -1  # and below: no experiment can have such a seed
-SEED = 0
-STEPS = 1500
 TASKS_EACH = 6  # a step, of each experiment
 VOCABULARY = 768
 # What never varies in a call is one token: TAGS of lightning_proxy.demo.model has the reason.
@@ -53,28 +54,7 @@ def training_tokenizer() -> Any:
     return build_tokenizer(words, tags=TAGS, vocabulary=VOCABULARY)
 
 
-def build(out: Path, *, steps: int = STEPS, log: Callable[[str], None] = print) -> None:
-    """Writes the warm-started model and its tokenizer to ``out`` (Hugging Face layout)."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    tokenizer = training_tokenizer()
-    model = build_model(tokenizer)
-    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    warm_start(model, tokenizer, lessons, steps=steps, log=log)
-    save(model, tokenizer, out)
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Build the experiments' model.")
-    parser.add_argument("out", type=Path, help="directory to write to")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"supervised steps (default {STEPS})")
-    args = parser.parse_args()
-    build(args.out, steps=args.steps)
-
+RECIPE = Recipe(training_tokenizer, lessons, steps=1500)
 
 if __name__ == "__main__":
-    main()
+    build_by_command_line(RECIPE, "Build the experiments' model.")

@@ -17,7 +17,7 @@ from examples.search import prompts as search_prompts
 from examples.search.tasks import RELATIONS, VALUES, WHAT, WHO, SearchTask, sentence
 from examples.sql import prompts as sql_prompts
 from examples.sql.tasks import AGGREGATES, WORDINGS, Condition, Query, SqlTask
-from lightning_proxy.demo.model import Conversation
+from lightning_proxy.experiment.tiny_model import Conversation
 
 Item = TypeVar("Item")
 

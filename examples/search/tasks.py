@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 
 from examples.tasks import Draw, pairs_of
-from lightning_proxy.demo.tasks import Split
+from lightning_proxy.experiment.definition import Split
 
 PEOPLE = (
     "Anna", "Ben", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Klara", "Leo",

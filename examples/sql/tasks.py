@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 
 from examples.tasks import Draw, pairs_of
-from lightning_proxy.demo.tasks import Split
+from lightning_proxy.experiment.definition import Split
 
 TABLES = ("items", "books", "trips", "farms", "rooms", "films")
 COLUMNS = ("price", "weight", "stock", "pages", "score", "length", "height", "cost", "speed", "age")

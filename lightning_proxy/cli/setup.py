@@ -91,8 +91,8 @@ def demo(
     new weights behind the running proxy, again and again, for two to four minutes. Exit code 1 if
     held-out success does not get over 0.8.
     """
-    from lightning_proxy.demo.loop import run
     from lightning_proxy.demo.text_to_sql import TEXT_TO_SQL
+    from lightning_proxy.experiment.loop import run
 
     result = run(
         TEXT_TO_SQL,

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
-Split = Literal["train", "heldout"]
+from lightning_proxy.experiment.definition import Split
 
 TABLES = ("items", "orders", "books", "trips", "games", "farms", "rooms", "films")
 COLUMNS = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_proxy.demo.loop import Experiment
 from lightning_proxy.demo.tasks import make_tasks
+from lightning_proxy.experiment.definition import Experiment
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"

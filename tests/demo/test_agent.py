@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from lightning_proxy.client import ProxyClient
 from lightning_proxy.demo import agent
-from lightning_proxy.demo.sample import AgentHost, ProxyApi, Result, sample
 from lightning_proxy.demo.tasks import make_task, make_tasks, write_database
+from lightning_proxy.experiment.sample import AgentHost, Result, sample
 from tests.conftest import ProxyThread
 from tests.engine import EngineThread, Script
 
@@ -31,22 +32,23 @@ def host(log: Path) -> Iterator[AgentHost]:
     """One for all: it takes a second to start, and knows of no proxy until a job names one."""
     with (
         log.open("wb") as file,
-        AgentHost(log=file, no_certificates=log.parent / "none", concurrency=4, timeout_s=20) as started,
+        AgentHost(
+            script=AGENT, log=file, no_certificates=log.parent / "none", concurrency=4, timeout_s=20
+        ) as started,
     ):
         yield started
 
 
 @pytest.fixture
-def api(proxy: ProxyThread) -> Iterator[ProxyApi]:
-    with ProxyApi(proxy.url) as connection:
-        yield connection
+def api(proxy: ProxyThread) -> ProxyClient:
+    return ProxyClient(proxy.url)
 
 
 def _ignore(done: int, total: int) -> None:
     pass
 
 
-def _run(api: ProxyApi, host: AgentHost, folder: Path) -> Result:
+def _run(api: ProxyClient, host: AgentHost, folder: Path) -> Result:
     """One rollout of the first task."""
     (result,) = sample(
         [make_task(0, "train", 0)],
@@ -109,7 +111,7 @@ def test_run_by_hand_the_agent_queries_the_database_and_answers(
 
 @pytest.mark.parametrize("arguments", ['{"query": "SELE', "[]", '{"query": 7}', "{}"])
 def test_a_broken_tool_call_ends_with_what_was_said(
-    api: ProxyApi, engine: EngineThread, host: AgentHost, tmp_path: Path, arguments: str
+    api: ProxyClient, engine: EngineThread, host: AgentHost, tmp_path: Path, arguments: str
 ) -> None:
     engine.script(Script(tool_calls=(("sql", arguments),)))
     result = _run(api, host, tmp_path)
@@ -118,7 +120,7 @@ def test_a_broken_tool_call_ends_with_what_was_said(
 
 
 def test_a_model_that_never_answers_is_asked_three_times(
-    api: ProxyApi, engine: EngineThread, host: AgentHost, tmp_path: Path
+    api: ProxyClient, engine: EngineThread, host: AgentHost, tmp_path: Path
 ) -> None:
     engine.script(Script(tool_calls=(_call("SELECT 1"),)), times=9)
     assert _run(api, host, tmp_path).answer == ""
@@ -126,7 +128,7 @@ def test_a_model_that_never_answers_is_asked_three_times(
 
 
 def test_a_query_that_fails_is_shown_to_the_model(
-    api: ProxyApi, engine: EngineThread, host: AgentHost, tmp_path: Path
+    api: ProxyClient, engine: EngineThread, host: AgentHost, tmp_path: Path
 ) -> None:
     engine.script(Script(tool_calls=(_call("SELECT 1 FROM nowhere"),)))
     engine.script(Script(text="unknown"))
@@ -136,7 +138,7 @@ def test_a_query_that_fails_is_shown_to_the_model(
 
 
 def test_every_run_is_a_process_of_its_own_under_its_rollout(
-    api: ProxyApi, proxy: ProxyThread, engine: EngineThread, host: AgentHost, tmp_path: Path
+    api: ProxyClient, proxy: ProxyThread, engine: EngineThread, host: AgentHost, tmp_path: Path
 ) -> None:
     engine.script(Script(text="7"), times=6)
     tasks = make_tasks(0, "train", 2)
@@ -161,7 +163,7 @@ def test_every_run_is_a_process_of_its_own_under_its_rollout(
 
 
 def test_an_agent_that_crashes_is_recorded_as_failed(
-    api: ProxyApi, proxy: ProxyThread, engine: EngineThread, host: AgentHost, log: Path, tmp_path: Path
+    api: ProxyClient, proxy: ProxyThread, engine: EngineThread, host: AgentHost, log: Path, tmp_path: Path
 ) -> None:
     engine.script(Script(status=400), times=10)
     result = _run(api, host, tmp_path)

@@ -46,7 +46,8 @@ def tokenizer() -> Any:
 
 @pytest.mark.train
 def test_the_prompt_of_turn_two_extends_turn_one_by_exact_token_ids(tokenizer: Any) -> None:
-    from lightning_proxy.demo.model import TOOLS, Conversation, demonstrate, render
+    from lightning_proxy.demo.model import TOOLS, demonstrate
+    from lightning_proxy.experiment.tiny_model import Conversation, render
 
     rng = random.Random(0)
     for task in make_tasks(0, "heldout", 30):
@@ -71,7 +72,8 @@ def test_digits_are_tokens_of_their_own_and_text_survives(tokenizer: Any) -> Non
 
 @pytest.mark.train
 def test_the_recipe_of_the_shipped_template_and_tokenizer_is_the_one_in_the_file(tokenizer: Any) -> None:
-    from lightning_proxy.demo.model import CHAT_TEMPLATE, training_tokenizer
+    from lightning_proxy.demo.model import training_tokenizer
+    from lightning_proxy.experiment.tiny_model import CHAT_TEMPLATE
 
     assert tokenizer.chat_template == CHAT_TEMPLATE
     rebuilt = training_tokenizer()

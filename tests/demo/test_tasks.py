@@ -6,8 +6,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from lightning_proxy.demo.grade import gold_answer
 from lightning_proxy.demo.tasks import AGGREGATES, make_task, make_tasks, query_text, write_database
+from lightning_proxy.experiment.grade import gold_answer
 
 
 def test_the_same_seed_gives_the_same_tasks() -> None:

@@ -17,7 +17,8 @@ from examples.experiment import NAMES
 from examples.search.tasks import make_task as search_task
 from examples.search.tasks import sentence
 from examples.sql.tasks import make_task as sql_task
-from lightning_proxy.demo.sample import AgentHost, ProxyApi, Result, sample
+from lightning_proxy.client import ProxyClient
+from lightning_proxy.experiment.sample import AgentHost, Result, sample
 from tests.conftest import ProxyThread
 from tests.engine import EngineThread, Script
 
@@ -54,7 +55,6 @@ def run(proxy: ProxyThread, python: str, tmp_path: Path) -> Callable[[str, Any],
 
     def once(name: str, task: Any) -> Result:
         with (
-            ProxyApi(proxy.url) as api,
             (tmp_path / "log").open("wb") as log,
             AgentHost(
                 log=log,
@@ -65,7 +65,7 @@ def run(proxy: ProxyThread, python: str, tmp_path: Path) -> Callable[[str, Any],
         ):
             (result,) = sample(
                 [task],
-                proxy=api,
+                proxy=ProxyClient(proxy.url),
                 host=host,
                 files=tmp_path,
                 runs_per_task=1,

@@ -71,7 +71,7 @@ def tokenizer() -> Any:
 
 @pytest.mark.train
 def test_a_conversation_is_one_row_in_which_every_turn_extends_the_one_before(tokenizer: Any) -> None:
-    from lightning_proxy.demo.model import Conversation, render
+    from lightning_proxy.experiment.tiny_model import Conversation, render
 
     for shown in lessons(0, random.Random(1)):
         ids: list[int] = []
@@ -88,7 +88,7 @@ def test_a_conversation_is_one_row_in_which_every_turn_extends_the_one_before(to
 @pytest.mark.train
 def test_the_shipped_tokenizer_is_the_one_that_the_recipe_makes(tokenizer: Any) -> None:
     from examples.model.build import training_tokenizer
-    from lightning_proxy.demo.model import CHAT_TEMPLATE
+    from lightning_proxy.experiment.tiny_model import CHAT_TEMPLATE
 
     assert tokenizer.chat_template == CHAT_TEMPLATE
     assert training_tokenizer().get_vocab() == tokenizer.get_vocab()

@@ -120,7 +120,7 @@ def test_the_model_has_seen_no_task_of_an_experiment(monkeypatch: pytest.MonkeyP
 
     for name in ("sql_task", "search_task", "calculator_task"):
         monkeypatch.setattr(build, name, watched(getattr(build, name)))
-    for step in (0, build.STEPS - 1):
+    for step in (0, build.RECIPE.steps - 1):
         build.lessons(step, random.Random(0))
     assert len(shown) > 1
     assert max(shown) < 0

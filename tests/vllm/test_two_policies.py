@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from lightning_proxy.config import Settings, for_policy, load_settings
-from lightning_proxy.demo.loop import free_port
+from lightning_proxy.experiment.workdir import free_port
 from lightning_proxy.store import Fidelity, Store
 from lightning_proxy.trainer.report import Outcome, TrainReport
 from tests.conftest import wait_until

@@ -1,4 +1,4 @@
-"""The demo's child processes: started in groups of their own, watched, and never left behind."""
+"""Child processes: started in groups of their own, watched, and never left behind."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _TAIL_LINES = 25
 _STOP_TIMEOUT_S = 20.0
 
 
-class DemoFailed(LightningError):
-    """A part of the demo failed; the end of the log that may tell why is part of the message."""
+class ExperimentFailed(LightningError):
+    """A part of an experiment failed; the end of the log that may tell why is part of the message."""
 
     def __init__(self, message: str, log: Path | None = None) -> None:
         if log is not None and log.exists():
@@ -32,7 +32,7 @@ class DemoFailed(LightningError):
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process that is to run until the demo ends."""
+    """A process that is to run until the experiment ends."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -40,7 +40,7 @@ class Child:
 
 
 class Children:
-    """Processes that run beside the demo; all of them end with the context."""
+    """Processes that run beside it; all of them end with the context."""
 
     def __init__(self) -> None:
         self._children: list[Child] = []
@@ -59,11 +59,13 @@ class Children:
         self._children.append(Child(name, process, log))
 
     def check(self) -> None:
-        """DemoFailed if one of them has ended."""
+        """ExperimentFailed if one of them has ended."""
         for child in self._children:
             status = child.process.poll()
             if status is not None:
-                raise DemoFailed(f"`lightning-proxy {child.name}` ended with status {status}", child.log)
+                raise ExperimentFailed(
+                    f"`lightning-proxy {child.name}` ended with status {status}", child.log
+                )
 
     def pids(self) -> list[int]:
         """Their process ids, in the order of their start."""
@@ -97,7 +99,7 @@ def end_group(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
 
 
 def run_to_end(command: Sequence[str], log: Path, *, timeout_s: float = 120.0) -> str:
-    """What a command printed; DemoFailed if it fails or takes too long. Its stderr goes to ``log``."""
+    """What a command printed; ExperimentFailed if it fails or takes too long. Its stderr goes to ``log``."""
     with log.open("ab") as errors:
         process = subprocess.Popen(
             command,
@@ -111,18 +113,18 @@ def run_to_end(command: Sequence[str], log: Path, *, timeout_s: float = 120.0) -
         try:
             output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            raise DemoFailed(f"{' '.join(command)} took more than {timeout_s:.0f} s", log) from None
+            raise ExperimentFailed(f"{' '.join(command)} took more than {timeout_s:.0f} s", log) from None
         finally:
             end_group(process)
             if process.stdout is not None:
                 process.stdout.close()
     if process.returncode != 0:
-        raise DemoFailed(f"{' '.join(command)} ended with status {process.returncode}", log)
+        raise ExperimentFailed(f"{' '.join(command)} ended with status {process.returncode}", log)
     return output
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours without the user's own settings, which are not the demo's; this package can be imported."""
+    """Ours without the user's own settings, which are none of an experiment; this package can be imported."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("LIGHTNING_")}
     package_root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package_root, ours.get("PYTHONPATH"))))

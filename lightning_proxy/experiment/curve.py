@@ -26,7 +26,7 @@ class Iteration:
 
 
 @dataclass(slots=True)
-class DemoResult:
+class ExperimentResult:
     """How it went. ``initial`` and ``final`` are held-out success rates at temperature 0."""
 
     seed: int
@@ -70,7 +70,7 @@ class DemoResult:
         }
 
 
-def describe(number: int, result: DemoResult) -> str:
+def describe(number: int, result: ExperimentResult) -> str:
     """One line about the iteration that has just ended."""
     turn = result.iterations[-1]
     bar = "#" * round(turn.reward * 20)
@@ -81,13 +81,13 @@ def describe(number: int, result: DemoResult) -> str:
     return f"{line}  [{result.seconds:.0f} s]"
 
 
-def save_numbers(workdir: Path, result: DemoResult) -> None:
+def save_numbers(workdir: Path, result: ExperimentResult) -> None:
     """curve.json, with the seconds of every phase."""
     whole = asdict(result) | {"reached": result.reached, "updates": result.updates}
     (workdir / "curve.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
-def save_curve(workdir: Path, result: DemoResult) -> None:
+def save_curve(workdir: Path, result: ExperimentResult) -> None:
     """curve.json and curve.png."""
     save_numbers(workdir, result)
     pyplot = headless_pyplot(workdir / "matplotlib")

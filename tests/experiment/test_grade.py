@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_proxy.demo import grade
-from lightning_proxy.demo.grade import is_right
-from lightning_proxy.demo.sample import Result, write_results, write_tasks
 from lightning_proxy.demo.tasks import make_tasks
+from lightning_proxy.experiment import grade
+from lightning_proxy.experiment.grade import is_right
+from lightning_proxy.experiment.sample import Result, write_results, write_tasks
 from tests.conftest import ProxyThread
 
 
@@ -38,7 +38,7 @@ def test_an_answer_is_right_if_it_equals_the_gold_result(
 
 
 def _grade(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lightning_proxy.demo.grade", "--url", url]
+    command = [sys.executable, "-m", "lightning_proxy.experiment.grade", "--url", url]
     command += ["--tasks", str(folder / "tasks"), "--results", str(folder / "results")]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
 

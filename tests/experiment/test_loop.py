@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+import lightning_proxy.demo
 from lightning_proxy.config import load_settings
-from lightning_proxy.demo.curve import DemoResult, Iteration, describe, save_curve
-from lightning_proxy.demo.loop import Reports, prepare, write_config
-from lightning_proxy.demo.processes import Children, DemoFailed, run_to_end
-from lightning_proxy.demo.text_to_sql import WEIGHTS
+from lightning_proxy.experiment.curve import ExperimentResult, Iteration, describe, save_curve
+from lightning_proxy.experiment.loop import Reports
+from lightning_proxy.experiment.processes import Children, ExperimentFailed, run_to_end
+from lightning_proxy.experiment.workdir import prepare, write_config
 
-RESULT = DemoResult(
+MODEL = Path(lightning_proxy.demo.__file__).with_name("weights")
+RESULT = ExperimentResult(
     seed=3,
     initial=0.125,
     final=0.9375,
@@ -59,23 +61,27 @@ def test_the_curve_is_saved_as_numbers_and_as_a_picture(tmp_path: Path) -> None:
 def test_the_configuration_is_one_that_serve_and_train_take(tmp_path: Path) -> None:
     folder = tmp_path / 'a "quoted" folder'
     folder.mkdir()
-    settings = load_settings(config=write_config(folder, policy="p", port=18080, seed=5, min_rollouts=64))
+    role = {"name": "writer", "system_contains": 'You write "SQL"\nand nothing else.'}
+    given = {"train": {"seed": 5, "min_rollouts": 64, "roles": ["writer"]}, "roles": [role]}
+    settings = load_settings(config=write_config(folder, given, policy="p", port=18080))
     assert settings.policy.model == folder / "model"
     assert settings.train.proxy_url == "http://127.0.0.1:18080"
     assert (settings.train.seed, settings.train.min_rollouts) == (5, 64)
+    assert settings.train.learning_rate == 2e-4  # what is not given stays
+    assert [rule.system_contains for rule in settings.roles] == [role["system_contains"]]
 
 
-def test_a_demo_replaces_what_a_demo_left_and_nothing_else(tmp_path: Path) -> None:
-    demo = prepare(tmp_path / "demo", WEIGHTS)
+def test_an_experiment_replaces_what_an_experiment_left_and_nothing_else(tmp_path: Path) -> None:
+    demo = prepare(tmp_path / "demo", MODEL)
     (demo / "lightning.db").write_text("old")
-    assert prepare(tmp_path / "demo", WEIGHTS) == demo
+    assert prepare(tmp_path / "demo", MODEL) == demo
     assert not (demo / "lightning.db").exists()
     assert (demo / "model" / "config.json").is_file()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(DemoFailed, match="no demo made"):
-        prepare(mine, WEIGHTS)
+    with pytest.raises(ExperimentFailed, match="no experiment made"):
+        prepare(mine, MODEL)
     assert (mine / "thesis.txt").exists()
 
 
@@ -95,7 +101,7 @@ def test_a_child_that_ends_is_told_with_the_end_of_its_log(tmp_path: Path) -> No
     with Children() as children:
         children.start("serve", [sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path / "log")
         with pytest.raises(
-            DemoFailed, match=r"`lightning-proxy serve` ended with status 1(.|\n)*no such model"
+            ExperimentFailed, match=r"`lightning-proxy serve` ended with status 1(.|\n)*no such model"
         ):
             _check_for_long(children)
 
@@ -131,16 +137,16 @@ def _runs(pid: int) -> bool:
 
 def test_a_command_that_fails_or_hangs_is_told(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; sys.exit('out of luck')"]
-    with pytest.raises(DemoFailed, match=r"status 1(.|\n)*out of luck"):
+    with pytest.raises(ExperimentFailed, match=r"status 1(.|\n)*out of luck"):
         run_to_end(command, tmp_path / "log")
-    with pytest.raises(DemoFailed, match="took more than"):
+    with pytest.raises(ExperimentFailed, match="took more than"):
         run_to_end(["sleep", "60"], tmp_path / "log", timeout_s=0.2)
 
 
-def test_a_terminated_demo_ends_its_children(tmp_path: Path) -> None:
+def test_a_terminated_experiment_ends_its_children(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from lightning_proxy.demo.processes import Children, ended_by_signals
+from lightning_proxy.experiment.processes import Children, ended_by_signals
 import time
 with ended_by_signals(), Children() as children:
     children.start("serve", ["sleep", "60"], Path({str(tmp_path / "log")!r}))

@@ -6,7 +6,6 @@ is told. What came of them is written as JSON lines, for the grader.
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import subprocess
@@ -15,33 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol, Self
-from urllib.parse import urlsplit
+from typing import IO, Any, Self
 
-from lightning_proxy.demo.processes import end_group
-from lightning_proxy.errors import EngineRefused, EngineUnreachable, LightningError
+from lightning_proxy.client import ProxyClient
+from lightning_proxy.errors import LightningError
+from lightning_proxy.experiment.definition import AgentTask
+from lightning_proxy.experiment.processes import end_group
 
 HERE = Path(__file__).parent
 CONCURRENCY = 64
 TIMEOUT_S = 60.0
-
-
-class AgentTask(Protocol):
-    """Something to ask an agent, and the answer that is right."""
-
-    @property
-    def task_id(self) -> str: ...
-
-    @property
-    def answer(self) -> str: ...
-
-    def arguments(self, folder: Path) -> list[str]:
-        """The agent's arguments; a file that they name is written to ``folder``, once."""
-        ...
-
-    def for_grader(self, folder: Path) -> dict[str, Any]:
-        """What ``grade`` has to know of it beside its id: ``answer``, or ``gold_query`` and ``db``."""
-        ...
 
 
 class AgentHostDied(LightningError):
@@ -58,39 +40,6 @@ class Result:
     error: str | None = None
 
 
-class ProxyApi:
-    """The proxy's control routes over one kept connection. ``url`` has no path."""
-
-    def __init__(self, url: str, *, timeout_s: float = 30.0) -> None:
-        self.url = url.rstrip("/")
-        address = urlsplit(self.url).netloc
-        self._connection = http.client.HTTPConnection(address, timeout=timeout_s)
-
-    def request(self, method: str, path: str, body: Any = None) -> Any:
-        """The answer's JSON; EngineRefused for a status of 400 and more, EngineUnreachable for none."""
-        data = None if body is None else json.dumps(body)
-        try:
-            self._connection.request(method, path, data, {"Content-Type": "application/json"})
-            response = self._connection.getresponse()
-            text = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
-            raise EngineUnreachable(f"no answer from the proxy at {self.url}: {error!r}") from error
-        if response.status >= 400:
-            raise EngineRefused(
-                f"{method} {path} answered {response.status}: {text[:500].decode(errors='replace')}"
-            )
-        return json.loads(text)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._connection.close()
-
-
 class AgentHost:
     """A warm process that runs the agent script, see ``agent_host``.
 
@@ -102,7 +51,7 @@ class AgentHost:
         *,
         log: IO[Any],
         no_certificates: Path,
-        script: Path = HERE / "agent.py",
+        script: Path,
         python: str = sys.executable,
         concurrency: int = CONCURRENCY,
         timeout_s: float = TIMEOUT_S,
@@ -179,7 +128,7 @@ class AgentHost:
 def sample(
     tasks: Sequence[AgentTask],
     *,
-    proxy: ProxyApi,
+    proxy: ProxyClient,
     host: AgentHost,
     files: Path,
     runs_per_task: int,

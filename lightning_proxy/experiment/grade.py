@@ -1,6 +1,6 @@
 """The grader: its own process, after the fact. Knows the answers, or runs gold queries, and posts rewards.
 
-    python -m lightning_proxy.demo.grade --url http://127.0.0.1:8080 --tasks TASKS --results RESULTS
+    python -m lightning_proxy.experiment.grade --url http://127.0.0.1:8080 --tasks TASKS --results RESULTS
 
 It sees no model call and no agent: only the tasks, the answers and the proxy's ``/reward``. A right
 answer is worth 1, anything else 0. Grading the same results twice posts nothing twice. With ``--shuffle`` the

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_proxy.demo.sample import AgentHost, AgentHostDied
+from lightning_proxy.experiment.sample import AgentHost, AgentHostDied
 
 SCRIPT = """\
 import os, sys, time
