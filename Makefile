@@ -1,6 +1,7 @@
 # `make` alone lists what there is. Everything runs in .venv, which `make setup` makes and re-uses.
 SHELL := /bin/bash
 BIN := .venv/bin
+FAST := not vllm and not train and not clients and not drill
 .DEFAULT_GOAL := help
 .PHONY: help setup demo example-sql example-search example-calculator example-live experiments example-model test test-fast conformance lint types bench bench-storage bench-training docs clean
 
@@ -33,10 +34,11 @@ example-model: setup ## Build the experiments' model from nothing, into lightnin
 	@$(BIN)/python -m examples.model.build lightning-examples/model
 
 test: setup lint types ## Lint, types and all tests, real vLLM and verl among them
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n 2 -m "$(FAST)" $(ARGS) || [ $$? = 5 ] # 5: ARGS names none of these
+	@$(BIN)/pytest -m "not ($(FAST))" $(ARGS) || [ $$? = 5 ]
 
 test-fast: setup lint types ## The same without vLLM, verl, foreign agents and drills, for daily work
-	@$(BIN)/pytest -n 2 -m "not vllm and not train and not clients and not drill" $(ARGS)
+	@$(BIN)/pytest -n 2 -m "$(FAST)" $(ARGS)
 
 conformance: setup ## Real agents of many frameworks through the proxy; writes docs/conformance.md
 	@$(BIN)/python -m conformance $(ARGS)

@@ -23,6 +23,7 @@ from lightning_proxy.experiment.processes import ExperimentFailed
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "model" / "weights"
+HELD_OUT = 96  # tasks
 
 # The checker is not trained. All three are answered by one model, as in the paper.
 _SQL_ROLES = {
@@ -67,7 +68,7 @@ def experiment(name: str) -> Experiment:
         make_tasks=make_tasks,
         python=agents_python(),
         settings=kind.settings,
-        held_out_tasks=96,
+        held_out_tasks=HELD_OUT,
         iterations=10,
         measure_sampled=True,
     )

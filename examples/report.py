@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from examples.experiment import NAMES
+from examples.experiment import HELD_OUT, NAMES
 from lightning_proxy.experiment.curve import headless_pyplot
+from lightning_proxy.store.intervals import Estimate, Returns, Sample, difference_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -58,6 +60,40 @@ def table(names: Sequence[str] = NAMES, folder: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def gain_table(names: Sequence[str] = NAMES, folder: Path = RESULTS) -> str:
+    """Success at temperature 1, all seeds together, as Markdown: own rewards and the control."""
+    lines = [
+        "| experiment | rewards | seeds | sampled, before | after | gain (95% interval) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        for shuffled in (False, True):
+            runs = runs_of(name, shuffled=shuffled, folder=folder)
+            if not runs:
+                continue
+            before, after, gain = pooled(runs)
+            lines.append(
+                f"| {name} | {'shuffled' if shuffled else 'own'} | {len(runs)} | {before.mean:.3f} "
+                f"| {after.mean:.3f} | {_interval(asdict(gain), '+')} |"
+            )
+    return "\n".join(lines)
+
+
+def pooled(runs: Sequence[Run]) -> tuple[Sample, Sample, Estimate]:
+    """Answers at temperature 1 before and after training, of all ``runs`` together, and the gain.
+
+    Each answer counts as one, right or wrong.
+    """
+    total = HELD_OUT * len(runs)
+    rights = [
+        round(sum(run[when] for run in runs) * HELD_OUT) for when in ("initial_sampled", "final_sampled")
+    ]
+    before, after = (Sample.of({1.0: right, 0.0: total - right}) for right in rights)
+    assert before is not None
+    assert after is not None
+    return before, after, difference_of(after, before, Returns.of([0.0, 1.0]))
+
+
 def live_table(folder: Path = RESULTS) -> str:
     """One row a run of live traffic, as Markdown."""
     lines = [
@@ -93,7 +129,8 @@ def draw_experiments(path: Path, names: Sequence[str] = NAMES, folder: Path = RE
         _spread(axes, runs)
         for run in runs_of(name, shuffled=True, folder=folder):
             points = zip(*held_out(run), strict=True)
-            axes.plot(*points, color="grey", marker="x", label="held-out, rewards shuffled")
+            label = f"held-out, rewards shuffled, seed {run['seed']}"
+            axes.plot(*points, color="grey", marker="x", linewidth=0.8, alpha=0.7, label=label)
         axes.axhline(0.8, color="grey", linewidth=0.8, linestyle="--")
         axes.set(xlabel="updates", ylim=(0, 1.03), title=runs[0]["title"] if runs else name)
         axes.legend(fontsize="small", loc="lower right")
@@ -136,7 +173,7 @@ def draw_live(path: Path, runs: Sequence[Run]) -> None:
 def write_page(page: Path = PAGE) -> None:
     """Puts the tables between their marks."""
     text = page.read_text(encoding="utf-8")
-    for mark, content in (("experiments", table()), ("live", live_table())):
+    for mark, content in (("experiments", table()), ("gains", gain_table()), ("live", live_table())):
         begin, end = f"<!-- {mark}: written by examples/report.py -->", f"<!-- end of {mark} -->"
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"

@@ -238,7 +238,7 @@ class GuardSettings(Table):
         gt=0,
         le=1,
         description="Largest loss of mean reward against the best of the last `window` runs, as a share of "
-        "the range of rewards seen, if it is also more than three standard errors. Beyond it nothing is "
+        "the range of rewards seen, if its 99.7% interval leaves no doubt of it. Beyond it nothing is "
         "trained, what was drained counts as used, and a line says which version was best.",
     )
     max_entropy_rise: float = Field(

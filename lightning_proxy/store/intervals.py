@@ -28,7 +28,6 @@ from statistics import NormalDist
 CONFIDENCE = 0.95
 _SAME = 1e-9  # largest difference, as a share of the numbers from 1 on, of returns that are equal
 _LARGEST = 1e150  # beyond it, a square is beyond a float
-_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
 class Method(StrEnum):
@@ -43,7 +42,7 @@ class Method(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean, or a difference of means, with its 95% interval; ``None`` where nothing tells the spread."""
+    """A mean, or a difference of means, with its interval; ``None`` where nothing tells the spread."""
 
     value: float
     low: float | None = None
@@ -94,25 +93,25 @@ class Returns:
         return not _equal(self.low, self.high)
 
 
-def mean_of(sample: Sample, returns: Returns) -> Estimate:
+def mean_of(sample: Sample, returns: Returns, confidence: float = CONFIDENCE) -> Estimate:
     """The mean with its interval."""
     if not returns.differ:
         return Estimate(sample.mean)
     if returns.two_valued or not sample.variance:
         width = returns.high - returns.low
-        low, high = wilson((sample.mean - returns.low) / width, sample.count)
+        low, high = wilson((sample.mean - returns.low) / width, sample.count, confidence)
         method = Method.WILSON if returns.two_valued else Method.RANGE
         return Estimate(sample.mean, returns.low + width * low, returns.low + width * high, method)
-    half = t_quantile(sample.count - 1) * math.sqrt(sample.variance / sample.count)
+    half = t_quantile(sample.count - 1, confidence) * math.sqrt(sample.variance / sample.count)
     return Estimate(sample.mean, sample.mean - half, sample.mean + half, Method.STUDENT)
 
 
-def difference_of(sample: Sample, base: Sample, returns: Returns) -> Estimate:
+def difference_of(sample: Sample, base: Sample, returns: Returns, confidence: float = CONFIDENCE) -> Estimate:
     """By how much the mean of ``sample`` is above that of ``base``, with the interval of that."""
     value = sample.mean - base.mean
-    one, other = mean_of(sample, returns), mean_of(base, returns)
+    one, other = mean_of(sample, returns, confidence), mean_of(base, returns, confidence)
     if one.method is other.method is Method.STUDENT:
-        half = _welch(sample, base)
+        half = _welch(sample, base, confidence)
         return Estimate(value, value - half, value + half, Method.WELCH)
     if one.low is None or one.high is None or other.low is None or other.high is None:
         return Estimate(value)
@@ -122,23 +121,24 @@ def difference_of(sample: Sample, base: Sample, returns: Returns) -> Estimate:
     return Estimate(value, value - below, value + above, method)
 
 
-def wilson(proportion: float, count: int) -> tuple[float, float]:
+def wilson(proportion: float, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The proportions p that are no further than z standard errors, of p itself, from the one observed."""
     proportion = max(0.0, min(1.0, proportion))
-    z2 = _Z * _Z
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z2 = z * z
     middle = (proportion + z2 / (2 * count)) / (1 + z2 / count)
-    half = _Z / (1 + z2 / count) * math.sqrt((proportion * (1 - proportion) + z2 / (4 * count)) / count)
+    half = z / (1 + z2 / count) * math.sqrt((proportion * (1 - proportion) + z2 / (4 * count)) / count)
     # At 0 and 1 the interval ends there; what rounding adds is taken off.
     low = 0.0 if proportion == 0 else middle - half
     return low, 1.0 if proportion == 1 else middle + half
 
 
-def _welch(sample: Sample, base: Sample) -> float:
+def _welch(sample: Sample, base: Sample, confidence: float) -> float:
     """Half the width of Welch's interval, with his and Satterthwaite's degrees of freedom."""
     one, other = sample.variance / sample.count, base.variance / base.count
     share = one / (one + other)  # in shares, for squares of small variances are 0
     freedom = 1 / (share * share / (sample.count - 1) + (1 - share) * (1 - share) / (base.count - 1))
-    return t_quantile(freedom) * math.sqrt(one + other)
+    return t_quantile(freedom, confidence) * math.sqrt(one + other)
 
 
 def t_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:

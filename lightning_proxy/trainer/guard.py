@@ -17,8 +17,9 @@ from typing import Any
 
 from lightning_proxy.config.train import GuardSettings
 from lightning_proxy.errors import CheckpointInvalid
+from lightning_proxy.store.intervals import Returns, Sample, difference_of
 
-_STANDARD_ERRORS = 3
+_CONFIDENCE = 0.9973  # three standard errors of many rollouts; more of a few
 _WAY_BACK = "`lightning-proxy policies rollback --to {}` goes back"
 
 
@@ -48,14 +49,11 @@ class Look:
 
 
 def collapse(
-    now: Look, before: Sequence[Look], settings: GuardSettings, *, mixed: int, equal: int
+    now: Look | None, before: Sequence[Look], settings: GuardSettings, *, mixed: int, equal: int
 ) -> Collapse | None:
     """What speaks against an update, if anything does; ``mixed`` and ``equal`` are numbers of groups."""
-    return (
-        _drop(now, before, settings)
-        or _noise(now, before, settings)
-        or _agreement(mixed, mixed + equal, settings.min_mixed_groups)
-    )
+    worse = None if now is None else _drop(now, before, settings) or _noise(now, before, settings)
+    return worse or _agreement(mixed, mixed + equal, settings.min_mixed_groups)
 
 
 def best_of(looks: Sequence[Look]) -> Look | None:
@@ -64,17 +62,18 @@ def best_of(looks: Sequence[Look]) -> Look | None:
 
 
 def _drop(now: Look, before: Sequence[Look], settings: GuardSettings) -> Collapse | None:
-    """A drop counts where it is larger than ``max_reward_drop`` of the range of all returns seen, and more
-    than three standard errors of the two means, so that a few unlucky rollouts are no collapse.
+    """A drop counts where it is larger than ``max_reward_drop`` of the range of all returns seen, and the
+    interval of the difference (``store.intervals``) leaves no room for none: a few unlucky rollouts are no
+    collapse.
     """
     best = best_of(before)
     if best is None:
         return None
     seen = [now, *before]
-    spread = max(look.rewards["max"] for look in seen) - min(look.rewards["min"] for look in seen)
-    drop = best.rewards["mean"] - now.rewards["mean"]
-    error = math.sqrt(_squared_error(best) + _squared_error(now))
-    if drop <= max(settings.max_reward_drop * spread, _STANDARD_ERRORS * error):
+    low, high = min(look.rewards["min"] for look in seen), max(look.rewards["max"] for look in seen)
+    change = difference_of(_sample(now), _sample(best), Returns(low, high, two_valued=False), _CONFIDENCE)
+    certain = change.high is not None and change.high < 0
+    if not certain or -change.value <= settings.max_reward_drop * (high - low):
         return None
     return Collapse(
         f"mean reward fell from {best.rewards['mean']:.3g} (version {best.version}) to "
@@ -134,6 +133,6 @@ def check_probe(logprobs: Sequence[float]) -> None:
         raise CheckpointInvalid("the new weights give logprobs that are not finite: nothing is published")
 
 
-def _squared_error(look: Look) -> float:
-    """Of the mean."""
-    return look.rewards["std"] ** 2 / max(look.rewards["count"], 1)
+def _sample(look: Look) -> Sample:
+    rewards = look.rewards
+    return Sample(int(rewards["count"]), rewards["mean"], rewards["std"] ** 2)

@@ -171,8 +171,6 @@ class Pass:
 
     def collapse(self, found: Chosen) -> Collapse | None:
         """What the drained rollouts say against an update, if anything (``guard``)."""
-        if found.look is None:
-            return None
         looks, settings = self._looks(), self.settings.guard
         return guard.collapse(found.look, looks, settings, mixed=found.mixed, equal=found.equal)
 

@@ -44,6 +44,12 @@ def test_a_drop_of_a_few_unlucky_rollouts_goes_on() -> None:
     assert not stopped(look(2, 0.2, count=4), look(1, 0.8))
 
 
+def test_two_rollouts_that_failed_alike_are_no_collapse_and_ten_are() -> None:
+    best = look(1, 0.8)
+    assert not stopped(look(2, 0.0, std=0.0, count=2), best)
+    assert stopped(look(2, 0.0, std=0.0, count=10), best)
+
+
 def test_the_range_is_that_of_the_rewards_whatever_their_scale() -> None:
     def scaled(version: int, mean: float) -> Look:
         return Look(version, {"mean": mean, "std": 50.0, "min": -500.0, "max": 500.0, "count": 128}, None)
@@ -66,6 +72,9 @@ def test_groups_that_agree_stop_a_run_where_that_is_asked_for() -> None:
     assert stopped(look(0, 1.0), settings=asked, mixed=1, equal=9)
     assert not stopped(look(0, 1.0), settings=asked, mixed=2, equal=8)
     assert not stopped(look(0, 1.0), settings=asked, mixed=0, equal=0)
+    # Even where next to nothing is known of the present version.
+    assert collapse(None, [look(0, 1.0)], asked, mixed=1, equal=9) is not None
+    assert collapse(None, [look(0, 1.0)], asked, mixed=2, equal=8) is None
 
 
 def test_of_equally_good_versions_the_latest_is_the_best() -> None:
