@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "exchange": {"", "errors", "words", "config", "store", "redaction"},
     "experiment": {"errors", "config", "client"},
     "demo": {"experiment"},
+    "doctor": {"errors", "config", "store", "client", "trainer"},
     "cli": {
         "",
         "errors",
@@ -50,6 +51,7 @@ MAY_IMPORT = {
         "exchange",
         "experiment",
         "demo",
+        "doctor",
     },
 }
 # Distribution -> the places (paths below the package) that may import it, lazily or not.

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from lightning_proxy import __version__
 from lightning_proxy.cli import (
+    doctor,
     exchange,
     learn,
     policies,
@@ -162,4 +163,5 @@ app.command(
     epilog=_example("lightning-proxy import traces.jsonl", "lightning-proxy import --format otel *.pb"),
 )(exchange.import_)
 app.command(epilog=_example("lightning-proxy status", "lightning-proxy status --json"))(status.status)
+app.command(epilog=_example("lightning-proxy doctor", "lightning-proxy doctor --json"))(doctor.doctor)
 app.command(epilog=_example("lightning-proxy demo", "lightning-proxy demo --seed 1 --json"))(setup.demo)

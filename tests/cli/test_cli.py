@@ -32,6 +32,7 @@ DOCUMENTED = (
     "policies",
     "prune",
     "status",
+    "doctor",
     "demo",
     "export",
     "import",

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from lightning_proxy.config import load_settings
+from lightning_proxy.doctor import Level, examine
 from lightning_proxy.store import Fidelity, Span
 from tests.conftest import wait_until
 from tests.vllm.compare import post
@@ -190,6 +192,16 @@ def test_weights_change_under_a_running_stream_and_a_wrong_version_is_put_back(
     assert (flying.policy_version, flying.policy_version_end) == (0, good)
     (after,) = spans_of(served, "after")
     assert (after.policy_version, after.policy_version_end) == (good, good)
+
+
+def test_the_doctor_finds_real_vllm_in_order(served: Served) -> None:
+    settings = load_settings(
+        overrides={"train.proxy_url": served.url, "store.db": served.db, "policy.name": MODEL}
+    )
+    found = {each.about: each for each in examine(settings)}
+    for about in ("proxy", f"engine of {MODEL}", "template"):
+        assert found[about].level is Level.OK, found[about]
+    assert "weights can be changed" in found[f"engine of {MODEL}"].text
 
 
 def test_a_killed_engine_is_started_again_and_calls_wait_for_it(served: Served) -> None:
