@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from examples.experiment import HELD_OUT, NAMES
@@ -35,6 +34,11 @@ def held_out(run: Run) -> list[tuple[int, float]]:
     """(updates, held-out success) wherever it was measured."""
     measured = [(number + 1, turn["heldout"]) for number, turn in enumerate(run["iterations"])]
     return [(0, run["initial"]), *((number, rate) for number, rate in measured if rate is not None)]
+
+
+def sampled(run: Run) -> list[tuple[int, float]]:
+    """(updates before it, share of right answers) of the rollouts that each update was trained on."""
+    return [(number, turn["reward"]) for number, turn in enumerate(run["iterations"])]
 
 
 def training_s(run: Run) -> float:
@@ -117,37 +121,39 @@ def _interval(estimate: Mapping[str, float], sign: str = "") -> str:
 
 
 def draw_experiments(path: Path, names: Sequence[str] = NAMES, folder: Path = RESULTS) -> None:
-    """Every seed's held-out success, the seeds' mean of sampled success, and the control."""
+    """Every seed, with its own rewards and with shuffled ones: held-out success, and that of training."""
     pyplot = headless_pyplot()
     figure, panels = pyplot.subplots(
-        1, len(names), figsize=(5 * len(names), 4), layout="constrained", sharey=True
+        2, len(names), figsize=(5 * len(names), 7), layout="constrained", sharex=True, sharey=True
     )
-    for axes, name in zip(panels, names, strict=True):
+    for column, name in enumerate(names):
         runs = runs_of(name, folder=folder)
-        for run in runs:
-            axes.plot(*zip(*held_out(run), strict=True), marker="s", label=f"held-out, seed {run['seed']}")
-        _spread(axes, runs)
-        for run in runs_of(name, shuffled=True, folder=folder):
-            points = zip(*held_out(run), strict=True)
-            label = f"held-out, rewards shuffled, seed {run['seed']}"
-            axes.plot(*points, color="grey", marker="x", linewidth=0.8, alpha=0.7, label=label)
-        axes.axhline(0.8, color="grey", linewidth=0.8, linestyle="--")
-        axes.set(xlabel="updates", ylim=(0, 1.03), title=runs[0]["title"] if runs else name)
-        axes.legend(fontsize="small", loc="lower right")
-    panels[0].set_ylabel("success rate")
+        controls = runs_of(name, shuffled=True, folder=folder)
+        for axes, curve in ((panels[0][column], held_out), (panels[1][column], sampled)):
+            for drawn, line, what in ((runs, "-", ""), (controls, ":", ", rewards shuffled")):
+                _spread(axes, [curve(run) for run in drawn])
+                for run in drawn:
+                    label = f"seed {run['seed']}{what}"
+                    points = zip(*curve(run), strict=True)
+                    axes.plot(*points, color=f"C{run['seed']}", linestyle=line, marker=".", label=label)
+            axes.axhline(0.8, color="grey", linewidth=0.8, linestyle="--")
+        panels[0][column].set(ylim=(0, 1.03), title=runs[0]["title"] if runs else name)
+        panels[1][column].set(xlabel="updates")
+    panels[0][0].set_ylabel("held-out tasks, temperature 0")
+    panels[1][0].set_ylabel("rollouts of training, temperature 1")
+    figure.legend(*panels[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _spread(axes: Any, runs: Sequence[Run]) -> None:
-    """Sampled success: lowest, mean and highest of the seeds that got so far."""
-    longest = max((len(run["iterations"]) for run in runs), default=0)
-    columns = [
-        [run["iterations"][i]["reward"] for run in runs if i < len(run["iterations"])] for i in range(longest)
-    ]
-    steps = range(longest)
-    axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color="C7", alpha=0.25)
-    axes.plot(steps, [fmean(c) for c in columns], color="C7", label="sampled while training, mean and range")
+def _spread(axes: Any, curves: Sequence[Sequence[tuple[int, float]]]) -> None:
+    """From the lowest to the highest of the seeds."""
+    rates: dict[int, list[float]] = {}
+    for updates, rate in (point for curve in curves for point in curve):
+        rates.setdefault(updates, []).append(rate)
+    steps = sorted(rates)
+    lowest, highest = [min(rates[step]) for step in steps], [max(rates[step]) for step in steps]
+    axes.fill_between(steps, lowest, highest, color="grey", alpha=0.2, linewidth=0)
 
 
 def draw_live(path: Path, runs: Sequence[Run]) -> None:
