@@ -30,7 +30,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import IO, Any
@@ -45,12 +45,15 @@ _CANNED = (
 
 @dataclass(slots=True)
 class Run:
-    """One child: its job's id, its process, when it must have ended, what it printed."""
+    """One child: its job's id, its process, when it must have ended, what it prints into.
+
+    That is a file and no pipe: a process that the script leaves behind would hold a pipe open.
+    """
 
     job: Any
     pid: int
     deadline: float
-    output: bytearray = field(default_factory=bytearray)
+    output: IO[bytes]
     timed_out: bool = False
 
 
@@ -62,7 +65,7 @@ class Host:
         self._concurrency = concurrency
         self._timeout_s = timeout_s
         self._waiting: deque[dict[str, Any]] = deque()
-        self._running: dict[int, Run] = {}  # by the pipe that the child prints into
+        self._running: dict[int, Run] = {}  # by the descriptor that tells of the child's end
         self._selector = selectors.DefaultSelector()
         self._partial = b""
         self._more = True
@@ -80,7 +83,7 @@ class Host:
                 if key.fd == _STDIN:
                     self._read_jobs()
                 else:
-                    self._read_output(key.fd)
+                    self._end(key.fd)
             self._kill_overdue()
 
     def _patience(self) -> float | None:
@@ -98,14 +101,14 @@ class Host:
         self._waiting.extend(json.loads(line) for line in lines if line.strip())
 
     def _start(self, job: dict[str, Any]) -> None:
-        ours, theirs = os.pipe()
+        output = tempfile.TemporaryFile()  # noqa: SIM115  closed when the run has ended
         pid = os.fork()
         if pid == 0:
-            os.dup2(theirs, _STDOUT)
+            os.dup2(output.fileno(), _STDOUT)
             self._become(job)
-        os.close(theirs)
-        self._running[ours] = Run(job["id"], pid, time.monotonic() + self._timeout_s)
-        self._selector.register(ours, selectors.EVENT_READ)
+        end = os.pidfd_open(pid)
+        self._running[end] = Run(job["id"], pid, time.monotonic() + self._timeout_s, output)
+        self._selector.register(end, selectors.EVENT_READ)
 
     def _become(self, job: dict[str, Any]) -> None:
         """In the child: be ``python SCRIPT ...``, and end."""
@@ -114,7 +117,8 @@ class Host:
             os.dup2(os.open(os.devnull, os.O_RDONLY), _STDIN)
             if self._told is not None:
                 os.dup2(self._told.fileno(), _TOLD)
-            os.closerange(_TOLD + (self._told is not None), max([*self._running, 64]) + 8)
+            held = [*self._running, *(run.output.fileno() for run in self._running.values()), 64]
+            os.closerange(_TOLD + (self._told is not None), max(held) + 8)
             os.environ.update(job["env"])
             sys.argv = [self._script, *job["argv"]]
             sys.path.insert(0, str(Path(self._script).resolve().parent))
@@ -131,20 +135,18 @@ class Host:
                 os.write(_TOLD, json.dumps(list(sys.modules)).encode())  # in the order of their import
             os._exit(status)
 
-    def _read_output(self, fd: int) -> None:
-        run = self._running[fd]
-        data = os.read(fd, 65536)
-        if data:
-            run.output += data
-            return
+    def _end(self, fd: int) -> None:
+        run = self._running.pop(fd)
         self._selector.unregister(fd)
         os.close(fd)
-        del self._running[fd]
         _, ended = os.waitpid(run.pid, 0)
+        with run.output:
+            run.output.seek(0)
+            output = run.output.read().decode(errors="replace")
         if self._told is not None:
             self._preload(self._told)
         status = "timeout" if run.timed_out else os.waitstatus_to_exitcode(ended)
-        answer = {"id": run.job, "status": status, "output": run.output.decode(errors="replace")}
+        answer = {"id": run.job, "status": status, "output": output}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
@@ -161,7 +163,7 @@ class Host:
         for run in self._running.values():
             if now >= run.deadline:
                 run.timed_out = True
-                run.deadline = now + 1.0  # until its pipe has closed
+                run.deadline = now + 1.0  # by then its end has been told
                 os.kill(run.pid, signal.SIGKILL)
 
 

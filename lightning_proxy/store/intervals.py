@@ -71,6 +71,11 @@ class Sample:
         squares = math.fsum((value - mean) * (value - mean) * times for value, times in clipped)
         return cls(count, mean, squares / (count - 1))
 
+    @classmethod
+    def told(cls, count: int, mean: float, std: float, low: float, high: float) -> Sample:
+        """Of what a report kept: its standard deviation, lowest and highest. Rounding is no spread."""
+        return cls(count, mean, 0.0 if _equal(low, high) else std * std)
+
 
 @dataclass(frozen=True, slots=True)
 class Returns:

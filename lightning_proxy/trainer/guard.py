@@ -64,23 +64,23 @@ def best_of(looks: Sequence[Look]) -> Look | None:
 def _drop(now: Look, before: Sequence[Look], settings: GuardSettings) -> Collapse | None:
     """A drop counts where it is larger than ``max_reward_drop`` of the range of all returns seen, and the
     interval of the difference (``store.intervals``) leaves no room for none: a few unlucky rollouts are no
-    collapse.
+    collapse. Nor do a few lucky ones hide one: it is looked for against every version, the best first.
     """
-    best = best_of(before)
-    if best is None:
-        return None
     seen = [now, *before]
     low, high = min(look.rewards["min"] for look in seen), max(look.rewards["max"] for look in seen)
-    change = difference_of(_sample(now), _sample(best), Returns(low, high, two_valued=False), _CONFIDENCE)
-    certain = change.high is not None and change.high < 0
-    if not certain or -change.value <= settings.max_reward_drop * (high - low):
-        return None
-    return Collapse(
-        f"mean reward fell from {best.rewards['mean']:.3g} (version {best.version}) to "
-        f"{now.rewards['mean']:.3g} (version {now.version}), by more than [guard] max_reward_drop = "
-        f"{settings.max_reward_drop:g} of the range of rewards; {_WAY_BACK.format(best.version)}",
-        best.version,
-    )
+    returns = Returns(low, high, two_valued=False)
+    for best in sorted(before, key=lambda look: (-look.rewards["mean"], -look.version)):
+        change = difference_of(_sample(now), _sample(best), returns, _CONFIDENCE)
+        if -change.value <= settings.max_reward_drop * (high - low):
+            return None
+        if change.high is not None and change.high < 0:
+            return Collapse(
+                f"mean reward fell from {best.rewards['mean']:.3g} (version {best.version}) to "
+                f"{now.rewards['mean']:.3g} (version {now.version}), by more than [guard] max_reward_drop = "
+                f"{settings.max_reward_drop:g} of the range of rewards; {_WAY_BACK.format(best.version)}",
+                best.version,
+            )
+    return None
 
 
 def _noise(now: Look, before: Sequence[Look], settings: GuardSettings) -> Collapse | None:
@@ -134,5 +134,5 @@ def check_probe(logprobs: Sequence[float]) -> None:
 
 
 def _sample(look: Look) -> Sample:
-    rewards = look.rewards
-    return Sample(int(rewards["count"]), rewards["mean"], rewards["std"] ** 2)
+    told = look.rewards
+    return Sample.told(int(told["count"]), told["mean"], told["std"], told["min"], told["max"])

@@ -22,6 +22,10 @@ elif what == "exit":
     sys.exit(int(rest[0]))
 elif what == "sleep":
     time.sleep(60)
+elif what == "leave":
+    import subprocess
+    subprocess.Popen(["sleep", "60"])
+    print("left")
 elif what == "change":
     os.environ["WORD"] = "changed"
 """
@@ -57,6 +61,7 @@ def test_runs_end_as_they_would_on_their_own(host: AgentHost, tmp_path: Path) ->
         _job("d", "sleep"),
         _job("e", "change"),
         _job("f", "say"),
+        _job("g", "leave"),
     ) == {
         "a": (0, "a one two \n"),
         "b": (1, ""),
@@ -64,6 +69,7 @@ def test_runs_end_as_they_would_on_their_own(host: AgentHost, tmp_path: Path) ->
         "d": ("timeout", ""),
         "e": (0, ""),
         "f": (0, "f \n"),
+        "g": (0, "left\n"),  # what it left behind is not waited for
     }
     assert "ValueError: oh no" in (tmp_path / "log").read_text()
 

@@ -123,6 +123,15 @@ def test_loss_and_gradient_are_those_of_the_clipped_objective_written_out(
     assert_same_gradients(found, expected)
 
 
+def test_the_divergence_is_no_less_where_all_that_was_sampled_became_likelier(
+    backend: Backend, plain: PlainModel
+) -> None:
+    rows = to_rows(conversations(plain))
+    rows = replace(rows, logprobs=np.where(rows.mask, rows.logprobs - 0.5, 0).astype(np.float32))
+    metrics, _ = gradients(backend, rows)
+    assert metrics["kl"] == pytest.approx(np.exp(0.5) - 1 - 0.5, abs=1e-4)
+
+
 def test_merged_and_unmerged_rows_give_the_same_gradient(backend: Backend, plain: PlainModel) -> None:
     rollouts = conversations(plain)
     merged, unmerged = (perturbed_alike(to_rows(rollouts, merged=each)) for each in (True, False))

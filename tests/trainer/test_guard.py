@@ -44,6 +44,22 @@ def test_a_drop_of_a_few_unlucky_rollouts_goes_on() -> None:
     assert not stopped(look(2, 0.2, count=4), look(1, 0.8))
 
 
+def test_a_few_lucky_rollouts_hide_no_collapse() -> None:
+    usual = [look(version, 0.8) for version in range(5)]
+    assert stopped(look(6, 0.05), *usual)
+    lucky = look(5, 0.9, std=0.17, count=3)
+    found = collapse(look(6, 0.05), [*usual, lucky], GUARD, mixed=5, equal=5)
+    assert found is not None
+    assert found.best == 4
+
+
+def test_equal_returns_are_equal_whatever_rounding_makes_of_them() -> None:
+    best = look(1, 0.75, count=64)
+    for std in (0.0, 1.7e-17):
+        rewards = {"mean": 0.1, "std": std, "min": 0.1, "max": 0.1, "count": 3}
+        assert not stopped(Look(2, rewards, None), best)
+
+
 def test_two_rollouts_that_failed_alike_are_no_collapse_and_ten_are() -> None:
     best = look(1, 0.8)
     assert not stopped(look(2, 0.0, std=0.0, count=2), best)

@@ -39,8 +39,9 @@ class Backend(Protocol):
 
         With ``[train] algorithm = "sft"`` or ``"dpo"`` a token's loss is ``-log p``: ``nll, grad_norm``. Else
         returns ``pg_loss, kl_loss, entropy_loss, clip_frac, kl, ratio_mean, ratio_max, grad_norm`` (before
-        clipping); ``kl``: mean over tokens of old less new logprob. Where
-        loss or gradient are not finite the weights stay as they were and the metrics say so.
+        clipping); ``kl``: the divergence of new from old, in nats a token, never below 0 (J. Schulman,
+        "Approximating KL divergence", 2020, estimator k3). Where loss or gradient are not finite the weights
+        stay as they were and the metrics say so.
         """
 
     def export(self, directory: Path, base: Path) -> None:

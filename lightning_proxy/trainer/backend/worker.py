@@ -277,7 +277,9 @@ def policy_loss(
     With ``kl_coef`` plus its multiple of the divergence from the reference policy (arXiv 2402.03300,
     equation 3, by verl's estimator), with ``entropy_coef`` less its multiple of the entropy, every token
     weighed as in the policy loss. verl's own terms of these kinds would not weigh them.
-    Beside verl's metrics, the ratio of new to old probability: 1 on the first step on fresh data.
+    Beside it, the ratio of new to old probability, 1 on the first step on fresh data, and their divergence.
+    verl's own ``ppo_kl``, the mean of the logprobs' differences, is below 0 where what was sampled became
+    likelier, however far the weights have gone.
     """
     output = {name: value for name, value in model_output.items() if name != "entropy"}
     loss, metrics = ppo_loss(config=actor, model_output=output, data=data, dp_group=dp_group)
@@ -299,14 +301,15 @@ def policy_loss(
         term = (weights * entropy).sum() * data["dp_size"]
         loss, entropy_loss = loss - config.entropy_coef * term, float(term)
     with torch.no_grad():
-        difference = new - data["old_log_probs"].to_padded_tensor(0.0)
-        ratio = torch.exp(difference.clamp(-20.0, 20.0))[mask]  # verl's own bounds
+        difference = (new - data["old_log_probs"].to_padded_tensor(0.0)).clamp(-20.0, 20.0)[mask]  # as verl's
+        ratio = torch.exp(difference)
+        divergence = ratio - 1 - difference
     return loss, {
         "pg_loss": pg_loss,
         "kl_loss": kl_loss,
         "entropy_loss": entropy_loss,
         "clip_frac": float(values.get("actor/pg_clipfrac", 0.0)),
-        "kl": float(values.get("actor/ppo_kl", 0.0)),
+        "kl": float(divergence.mean()) if len(ratio) else 0.0,
         "ratio_mean": float(ratio.mean()) if len(ratio) else 1.0,
         "ratio_max": float(ratio.max()) if len(ratio) else 0.0,
     }
