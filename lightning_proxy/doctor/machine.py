@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_proxy.config import Settings
+from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.doctor.finding import Finding, note, ok, problem
+from lightning_proxy.errors import CheckpointInvalid
+from lightning_proxy.store import PolicyVersion
 
 _GIB = 2**30
 _LEAST_ROOM = _GIB  # bytes
@@ -29,26 +33,51 @@ def packages(settings: Settings) -> Iterator[Finding]:
         yield ok("packages", "all that training needs is installed")
 
 
-def weights(settings: Settings) -> Iterator[Finding]:
-    """The weights to begin with, and the room for those that will be made of them."""
-    about, directory = f"weights of {settings.policy.name}", settings.policy.model
+def weights(settings: Settings, active: PolicyVersion | None) -> Iterator[Finding]:
+    """The weights that the next run begins with, and the room for those that it makes of them."""
+    about = f"weights of {settings.policy.name}"
+    directory = settings.policy.model if active is None else Path(active.path)
     if directory is None:
         to_do = "`lightning-proxy train --model DIR` or [policy] model names the weights that the engine runs"
         yield note(about, "not named: the first run has nothing to begin with", to_do)
         return
-    files = list(directory.glob("*.safetensors"))
-    if not files or not (directory / "config.json").is_file():
-        to_do = "[policy] model must be a directory in Hugging Face layout"
-        yield problem(about, f"{directory} holds no config.json with *.safetensors", to_do)
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    if not size or not (directory / "config.json").is_file():
+        layout = "a directory in Hugging Face layout is needed"
+        yield problem(about, f"{directory} holds no config.json with *.safetensors", layout)
         return
-    size = sum(file.stat().st_size for file in files)
+    try:
+        needed = _size_of_a_version(directory, size, settings.train)
+    except CheckpointInvalid as error:
+        yield problem(about, str(error))
+        return
     room, where = _room(settings.train.runs_dir)
-    text = f"{directory}, {_size(size)}; {_size(room)} free for new versions in {where}"
-    if room < 2 * size:
-        to_do = "a version takes as much again, and its optimiser state more: [train] runs_dir elsewhere"
-        yield problem(about, text, to_do)
+    text = (
+        f"{directory}, {_size(size)}; a new version takes {_size(needed)}, {_size(room)} are free in {where}"
+    )
+    kept = settings.train.keep_versions + 2  # beside the one that serves, the one that is being made
+    if room < needed:
+        yield problem(about, text, "[train] runs_dir names a larger disk")
+    elif room < kept * needed:
+        yield note(
+            about, text, f"up to {kept} lie there at a time: [train] keep_versions, or another runs_dir"
+        )
     else:
         yield ok(about, text)
+
+
+def _size_of_a_version(directory: Path, size: int, settings: TrainSettings) -> int:
+    """Bytes: the weights again, and with full ones their float32 copy and Adam's two moments."""
+    if settings.lora_rank:
+        return size  # the adapter's state is small beside it
+    try:
+        from lightning_proxy.trainer.checkpoint import read_layout
+    except ImportError:
+        return size  # an environment that cannot train
+    numbers = sum(
+        math.prod(tensor.shape) for tensors in read_layout(directory).values() for tensor in tensors.values()
+    )
+    return size + 3 * 4 * numbers
 
 
 def database(settings: Settings) -> Iterator[Finding]:

@@ -16,8 +16,6 @@ from lightning_proxy.store import Store
 _PATIENCE_S = 5.0
 # vLLM's development routes that a change of weights takes.
 _CONTROL = ("/pause", "/resume", "/collective_rpc")
-_TALK = ({"role": "user", "content": "How many?"}, {"role": "assistant", "content": "3"},
-         {"role": "user", "content": "And now?"})  # fmt: skip
 
 
 def proxy(client: ProxyClient) -> Generator[Finding, None, bool | None]:
@@ -109,27 +107,6 @@ def _vllm(settings: Settings, client: ProxyClient, model: Mapping[str, Any]) -> 
     if isinstance(longest, int) and longest > rows:
         text = f"it reads up to {longest} tokens, and training leaves out rows of more than {rows}"
         yield note(about, text, "[train] max_row_tokens, as far as memory goes: docs/full-size.md")
-    yield from _template(name, client)
-
-
-def _template(name: str, client: ProxyClient) -> Iterator[Finding]:
-    """Whether a conversation's next prompt extends the last one, so that both are one training row."""
-    asked: dict[str, Any] = {"model": name, "messages": _TALK[:1], "add_generation_prompt": True}
-    first = _asked(client, "POST", "/tokenize", asked)
-    later = _asked(client, "POST", "/tokenize", {**asked, "messages": _TALK})
-    try:
-        extends = later["tokens"][: len(first["tokens"])] == first["tokens"]
-    except (LookupError, TypeError):
-        return  # a template that wants other messages: nothing follows from it
-    if extends:
-        yield ok("template", "a conversation's prompts extend one another: its calls are one training row")
-    else:
-        yield note(
-            "template",
-            "a conversation's next prompt does not begin with the last one: the chat template rewrites what "
-            "was said (it drops thinking, for one)",
-            "it trains correctly, but each call is a row of its own and costs its whole context again",
-        )
 
 
 def _at(upstream: str | None, key: str | None) -> ProxyClient | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ from lightning_proxy.doctor import Finding, Level, examine
 from lightning_proxy.store import ErrorClass, Fidelity, Span, Store
 from tests.conftest import MakeProxy, ProxyThread
 from tests.engine import EngineThread, FakeEngine, Script
+from tests.trainer.checkpoints import write_checkpoint
 
 Look = Callable[..., dict[str, list[Finding]]]
 
@@ -57,10 +59,8 @@ def only(findings: list[Finding], level: Level, *words: str) -> Finding:
 
 
 def weights_in(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"x" * 2**20)
-    return folder
+    """A MiB of them."""
+    return write_checkpoint(folder, a=np.zeros((2**18,), np.float32))
 
 
 def call(proxy: ProxyThread, rollout: str, **changes: Any) -> None:
@@ -84,7 +84,7 @@ def test_where_all_is_well_nothing_is_to_be_done(proxy: ProxyThread, look: Look,
     found = look(proxy, policy={"model": weights_in(home / "model")})
     wrong = [each for findings in found.values() for each in findings if each.level is Level.PROBLEM]
     assert not wrong
-    for about in ("weights of policy", "database", "proxy", "engine of policy", "template", "calls"):
+    for about in ("weights of policy", "database", "proxy", "engine of policy", "calls"):
         assert [each.level for each in found[about]] == [Level.OK], about
     assert "OPENAI_BASE_URL=" + proxy.base_url in found["proxy"][0].text
 
@@ -134,15 +134,34 @@ def test_packages_that_training_lacks_are_named(look: Look, monkeypatch: pytest.
 def test_weights_that_are_none_are_a_problem(look: Look, home: Path) -> None:
     (home / "model").mkdir()
     only(look(policy={"model": home / "model"})["weights of policy"], Level.PROBLEM, "config.json")
+    model = weights_in(home / "cut")
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-10])
+    only(look(policy={"model": model})["weights of policy"], Level.PROBLEM, "is cut")
 
 
 def test_too_little_room_is_told_before_a_run_finds_out(
     look: Look, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    found = look(policy={"model": weights_in(home / "model")})
-    only(found["weights of policy"], Level.PROBLEM, "1.0 MiB free", "runs_dir")
-    only(found["database"], Level.PROBLEM, "only 1.0 MiB free", "prune")
+    model = weights_in(home / "model")
+    free = {"bytes": 3 * 2**20}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free["bytes"]))
+    found = look(policy={"model": model})
+    # Full float32 weights: a version is these again, their copy and two moments.
+    only(found["weights of policy"], Level.PROBLEM, "takes 4.0 MiB", "3.0 MiB are free", "runs_dir")
+    only(found["database"], Level.PROBLEM, "only 3.0 MiB free", "prune")
+    found = look(policy={"model": model}, train={"lora_rank": 8, "keep_versions": 3})
+    only(found["weights of policy"], Level.NOTE, "takes 1.0 MiB", "up to 5", "keep_versions")
+    free["bytes"] = 100 * 2**20
+    only(look(policy={"model": model})["weights of policy"], Level.OK, "100.0 MiB are free")
+
+
+def test_the_weights_looked_at_are_those_that_the_next_run_begins_with(look: Look, home: Path) -> None:
+    model = weights_in(home / "model")
+    with Store.open(home / "lightning.db") as store:
+        store.add_base_version("policy", str(model))
+    only(look()["weights of policy"], Level.OK, str(model))
+    shutil.rmtree(model)
+    only(look()["weights of policy"], Level.PROBLEM, str(model))
 
 
 def test_a_database_that_cannot_be_written_is_a_problem(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,12 +227,6 @@ def test_an_engine_that_reads_more_than_training_takes(
     engine.script(Script(status=200, body=json.dumps({"data": [model]})), times=2, path="/v1/models")
     found = look(proxy, train={"proxy_url": proxy.url, "max_row_tokens": 4096})
     only(found["engine of policy"], Level.NOTE, "32768", "4096", "max_row_tokens")
-
-
-def test_a_template_that_rewrites_what_was_said(proxy: ProxyThread, engine: EngineThread, look: Look) -> None:
-    for tokens in ([1, 2, 3], [1, 2, 4, 5]):
-        engine.script(Script(status=200, body=json.dumps({"tokens": tokens})), path="/tokenize")
-    only(look(proxy)["template"], Level.NOTE, "does not begin with the last one", "a row of its own")
 
 
 def test_without_a_proxy_the_configured_upstreams_are_asked(engine: EngineThread, home: Path) -> None:

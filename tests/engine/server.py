@@ -2,7 +2,7 @@
 
 Routes of vLLM 0.31: ``/v1/models``, ``/v1/chat/completions``, ``/v1/completions``, ``/v1/messages``,
 ``/v1/messages/count_tokens``, ``/v1/responses`` (and GET of one), ``/health``, ``/version``,
-``/openapi.json``, ``/tokenize``, ``/pause``, ``/resume``, ``/collective_rpc`` (reload_weights),
+``/openapi.json``, ``/pause``, ``/resume``, ``/collective_rpc`` (reload_weights),
 ``/reset_prefix_cache``.
 Routes of its own: ``/_script`` (POST, DELETE), ``/_requests`` (GET, DELETE), ``/_drop_idle`` (POST).
 Anything else is echoed: body and content headers as they came, method and target as headers.
@@ -80,7 +80,6 @@ class FakeEngine:
             ("GET", "/health"): self._health,
             ("GET", "/version"): self._version,
             ("GET", "/openapi.json"): self._openapi,
-            ("POST", "/tokenize"): self._tokenize,
             ("POST", "/pause"): self._pause,
             ("POST", "/resume"): self._resume,
             ("POST", "/collective_rpc"): self._collective_rpc,
@@ -336,9 +335,6 @@ class FakeEngine:
     async def _openapi(self, request: Request, connection: Connection) -> None:
         paths = [path for _, path in self._control if not path.startswith("/_")]
         await connection.answer_json(200, {"paths": {path: {} for path in (*paths, *MODEL_CALLS)}})
-
-    async def _tokenize(self, request: Request, connection: Connection) -> None:
-        await connection.answer_json(200, {"tokens": self.model.prompt_ids(request.json)})
 
     async def _pause(self, request: Request, connection: Connection) -> None:
         self._pause_mode = parse_qs(request.target.partition("?")[2]).get("mode", ["abort"])[0]

@@ -199,7 +199,7 @@ def test_the_doctor_finds_real_vllm_in_order(served: Served) -> None:
         overrides={"train.proxy_url": served.url, "store.db": served.db, "policy.name": MODEL}
     )
     found = {each.about: each for each in examine(settings)}
-    for about in ("proxy", f"engine of {MODEL}", "template"):
+    for about in ("proxy", f"engine of {MODEL}"):
         assert found[about].level is Level.OK, found[about]
     assert "weights can be changed" in found[f"engine of {MODEL}"].text
 
