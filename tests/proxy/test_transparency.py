@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -273,6 +274,34 @@ def test_other_answers_stream_as_well(make_proxy: MakeProxy) -> None:
             first_after = time.monotonic() - begun
             assert call.rest() == b"event: last\n\n"
             assert time.monotonic() - begun > first_after + 0.2
+
+
+def test_a_whole_answer_that_stays_as_it_is_comes_as_it_comes(make_proxy: MakeProxy) -> None:
+    """Hosted models keep a long call alive by white space before the answer."""
+    started, go_on = threading.Event(), threading.Event()
+    whole = b'{"choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop"}]}'
+
+    def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
+        connection.sendall(
+            STREAM_HEAD.replace(b"text/event-stream", b"application/json") + http_chunks(b"\n", end=False)
+        )
+        started.wait(20)
+        connection.sendall(http_chunks(b" ", end=False))
+        go_on.wait(20)
+        connection.sendall(http_chunks(whole[:20], whole[20:]))
+        return True
+
+    with raw_upstream(answer) as upstream:
+        proxy = make_proxy(upstream.base_url, proxy={"capture": "text"})
+        with Call(proxy.url, CHAT, HELLO, JSON) as call:  # headers are here
+            started.set()
+            assert call.read_until(b"\n") == b"\n"  # the last piece so far is held back
+            with proxy.store() as store:
+                assert store.list_spans() == []
+            go_on.set()
+            assert call.rest() == b" " + whole
+        (span,) = recorded(proxy)
+    assert (span.response, span.error_class, span.fidelity) == (b"\n " + whole, None, Fidelity.TEXT)
 
 
 def test_an_upload_is_passed_on_while_it_still_comes(make_proxy: MakeProxy) -> None:
