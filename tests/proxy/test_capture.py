@@ -229,7 +229,7 @@ def test_an_orderly_stop_lets_calls_under_way_finish_and_keeps_their_spans(
         call.read_until(b'"content":"')
         proxy_process.process.send_signal(signal.SIGTERM)
         assert call.rest().endswith(b"data: [DONE]\n\n")
-    assert proxy_process.process.wait(15) == 0
+    assert proxy_process.process.wait(60) == 0
     with Store.open(proxy_process.db) as store:
         (span,) = store.list_spans()
     assert (span.error_class, span.fidelity) == (None, Fidelity.EXACT)

@@ -181,7 +181,7 @@ def test_an_answer_that_has_said_its_last_word_is_read_out_though_the_agent_has_
     def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
         calls.append(connection)
         connection.sendall(STREAM_HEAD + http_chunks(DELTA, LAST, end=False))
-        left.wait(10)
+        left.wait(60)
         connection.sendall(http_chunks(b": one more comment\n\n"))
         return True
 
@@ -208,9 +208,9 @@ def test_every_piece_goes_out_at_once(make_proxy: MakeProxy, target: str) -> Non
     def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
         connection.sendall(STREAM_HEAD)
         for _ in range(50):
-            assert seen.acquire(timeout=10), "a piece was held back"
+            assert seen.acquire(timeout=60), "a piece was held back"
             connection.sendall(http_chunks(DELTA, end=False))
-        assert seen.acquire(timeout=10)
+        assert seen.acquire(timeout=60)
         connection.sendall(http_chunks(LAST))
         return True
 
