@@ -36,7 +36,8 @@ def test_writer_and_rewriter_learn_in_langgraph_and_the_checker_is_not_trained(t
 
 
 def test_thumbs_without_tasks_groups_or_ids_make_new_versions(tmp_path: Path) -> None:
-    run_live(tmp_path / "live", seed=0, minutes=2.0, habits=HURRIED)
+    # Long enough for several passes on a slow machine: one begins every 40 s, none in the last 75 s.
+    run_live(tmp_path / "live", seed=0, minutes=4.0, habits=HURRIED)
     report = json.loads((tmp_path / "live" / "live.json").read_text())
     assert report["failed"] == 0
     assert [row["version"] for row in report["versions"]][:2] == [0, 1]
