@@ -292,7 +292,7 @@ def test_agents_on_one_connection_are_served_one_after_the_other(
 ) -> None:
     raw = json.dumps(HELLO).encode()
     one = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(raw)) + raw
-    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=10) as agent:
+    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=60) as agent:
         agent.sendall(one * 5)  # pipelined
         got = b""
         while got.count(b'"metrics":null}') < 5:

@@ -182,7 +182,7 @@ def test_answers_of_eight_mebibytes_arrive_whole(engine: EngineThread, proxy: Pr
 def test_an_upload_that_waits_for_100_continue_is_told_to_go_on(
     engine: EngineThread, proxy: ProxyThread
 ) -> None:
-    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=10) as agent:
+    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=60) as agent:
         body = json.dumps(HELLO).encode()
         for path in (CHAT, "/v1/embeddings"):
             head = [

@@ -102,7 +102,7 @@ def small_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     cluster.shutdown()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_cluster_that_is_too_small_is_refused_and_left(small_cluster: str, tiny_model: Path) -> None:
     import ray
 
@@ -111,7 +111,7 @@ def test_a_cluster_that_is_too_small_is_refused_and_left(small_cluster: str, tin
     assert not ray.is_initialized()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_busy_cluster_is_waited_for_no_longer_than_said_and_nothing_stays_reserved(
     small_cluster: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
