@@ -19,7 +19,8 @@ def names(requirements: list[str]) -> set[str]:
 
 def printed_requirements(*extras: str) -> list[str]:
     command = [sys.executable, str(ROOT / "scripts" / "requirements.py"), *extras]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.splitlines()
 
 
 def test_the_core_needs_nothing_heavy() -> None:

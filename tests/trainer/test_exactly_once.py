@@ -270,6 +270,7 @@ def live_through(world: World, draw: random.Random, kills: int, pause_s: tuple[f
 
 
 @pytest.mark.drill
+@pytest.mark.timeout(900)
 def test_killing_trainer_and_proxy_at_random_moments_loses_and_doubles_nothing(
     engine_url: str, make_proxy_process: MakeProxyProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
