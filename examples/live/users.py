@@ -177,7 +177,8 @@ class Crowd:
         self.thumbs += 1
         if mistaken and not self._over:
             await asyncio.sleep(then)
-            self.corrected += await self._post(session, response_id, right)
+            posted = await self._post(session, response_id, right)
+            self.corrected += posted  # not in one line: others count while this one waits
 
     async def _post(self, session: aiohttp.ClientSession, response_id: str, up: bool) -> bool:
         """Whether the thumb was taken."""
