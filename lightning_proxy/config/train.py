@@ -154,6 +154,13 @@ class TrainSettings(CreditSettings):
     min_group_size: int = Field(
         default=2, ge=2, description="Groups smaller than this are left for a later run."
     )
+    group_wait_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="How long rollouts of the task pool wait, from the last sign of life of their group, for "
+        "members that nobody carries out and for rewards of those that succeeded. Members that an agent "
+        "carries out are waited for as long as their lease is kept.",
+    )
     late_rewards: Literal["retrain", "ignore"] = Field(
         default="retrain",
         description="What a reward does that gives a rollout another return after it was trained on: "

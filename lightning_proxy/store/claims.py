@@ -25,9 +25,10 @@ import orjson
 from lightning_proxy.errors import Conflict, InvalidInput, UnknownTarget
 from lightning_proxy.store.curriculum import is_skipped
 from lightning_proxy.store.records import ErrorClass, Rollout
+from lightning_proxy.store.rounds import LACKING
 from lightning_proxy.store.runs import lease_end
 from lightning_proxy.store.task_records import Assignment, LeaseState, Prefer, Standing
-from lightning_proxy.store.tasks import LACKING, Tasks, task_from
+from lightning_proxy.store.tasks import Tasks, task_from
 from lightning_proxy.words import RolloutState, TaskState
 
 FORGIVEN_LOSSES = 10

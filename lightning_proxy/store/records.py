@@ -322,3 +322,4 @@ class Backlog:
     rollouts_unrewarded: int  # the same but for a reward
     spans: int  # of the policy, in the rollouts that are ready
     rollouts_again: int = 0  # of those that are ready, the ones that a run has trained on before
+    rollouts_held: int = 0  # rewarded, and not ready until their round of the task pool is over

@@ -15,6 +15,7 @@ So a run that takes the return leaves the demonstrations of the rollout for one 
 
 from __future__ import annotations
 
+import functools
 import math
 import sqlite3
 import time
@@ -38,8 +39,8 @@ from lightning_proxy.store.records import (
     TrainingRun,
     VersionStatus,
 )
-from lightning_proxy.store.rewards import Rewards
 from lightning_proxy.store.rollouts import encode
+from lightning_proxy.store.rounds import REWARDED, Rounds
 
 # Rollouts with a span of the policy in their last attempt; ``c``: the last run of the policy, running or
 # committed, that has their return. One of the task pool only once it has ended: until then its last attempt
@@ -56,13 +57,6 @@ WHERE EXISTS (SELECT 1 FROM spans AS s
               WHERE s.rollout_id = r.rollout_id AND s.attempt = a.number AND s.policy = :policy)
   AND NOT EXISTS (SELECT 1 FROM task_rollouts AS p
                   WHERE p.rollout_id = r.rollout_id AND p.state IN ('running', 'waiting'))
-"""
-# A value for that attempt, for one of its spans, or for the rollout as a whole.
-REWARDED = """
-EXISTS (SELECT 1 FROM rewards AS w LEFT JOIN spans AS s ON s.span_id = w.span_id
-        WHERE w.rollout_id = r.rollout_id AND (w.attempt IS NULL OR w.attempt = a.number)
-          AND (s.span_id IS NULL OR s.attempt = a.number)
-          AND w.value IS NOT NULL AND w.name NOT IN (SELECT value FROM json_each(:ignored)))
 """
 # A committed run has it, and values came later than it knew. Whether they make another return is for
 # `RewardRule` to say.
@@ -84,6 +78,7 @@ _DEMONSTRATED = f"""
 """
 _CANDIDATES = f"""
 SELECT r.rollout_id, a.number, c.run_id, c.attempt, c.last_reward_id, {_SHOWN_UNTIL} AS shown_until,
+  (SELECT json_array(p.task_id, p.round) FROM task_rollouts AS p WHERE p.rollout_id = r.rollout_id) AS round,
   (c.run_id IS NULL OR {_LATE}) AND {REWARDED} AS rewarded, {_DEMONSTRATED} AS demonstrated
 {OF_POLICY} AND (((c.run_id IS NULL OR {_LATE}) AND {REWARDED}) OR {_DEMONSTRATED})
 ORDER BY r.created_at, r.rollout_id
@@ -125,12 +120,13 @@ class _Ready:
 
     rollout_id: str
     attempt: int
-    for_return: bool  # its return waits
+    for_return: bool  # its return waits for a run
+    held: bool  # it has one, and waits for the rest of its round of the task pool
     again: bool  # a committed run has trained on another return of it
     demonstrations: tuple[Reward, ...] = ()  # those that wait
 
 
-class Runs(Rewards, Policies):
+class Runs(Rounds, Policies):
     """The training runs' part of the store."""
 
     def begin_run(self, policy: str, *, owner: str, lease_s: float) -> TrainingRun:
@@ -167,8 +163,9 @@ class Runs(Rewards, Policies):
 
         Those that have a reward and a span of the run's policy in their last attempt and that no
         other run of the policy holds or has consumed; and those that one has consumed, if late rewards
-        gave them another return. With ``demonstrated`` also those with a demonstration, for that attempt,
-        that no run has taken, rewarded or not. Raises ``UnknownTarget``, ``LeaseLost``.
+        gave them another return. Of the task pool once their round is over (``rounds.py``). With
+        ``demonstrated`` also those with a demonstration, for that attempt, that no run has taken, rewarded or
+        not. Raises ``UnknownTarget``, ``LeaseLost``.
         """
         with self.transaction():
             run = self._leased(run_id)
@@ -290,13 +287,15 @@ class Runs(Rewards, Policies):
 
         ``demonstrated``: as in :meth:`drain`.
         """
-        ready = list(self._ready(policy, demonstrated))
+        waiting = list(self._waiting(policy, demonstrated))
+        ready = [one for one in waiting if one.for_return or one.demonstrations]
         pairs = orjson.dumps([(one.rollout_id, one.attempt) for one in ready]).decode()
         return Backlog(
             rollouts_ready=len(ready),
             rollouts_unrewarded=self.scalar(_UNREWARDED, self.named(policy)),
             spans=self.scalar(_SPANS_OF, (pairs, policy)),
             rollouts_again=sum(one.again for one in ready),
+            rollouts_held=sum(one.held for one in waiting),
         )
 
     def _leased(self, run_id: int) -> TrainingRun:
@@ -308,18 +307,25 @@ class Runs(Rewards, Policies):
         return run
 
     def _ready(self, policy: str, demonstrated: bool) -> Iterator[_Ready]:
-        """What waits, oldest first."""
+        """What waits for a run, oldest first."""
+        return (one for one in self._waiting(policy, demonstrated) if one.for_return or one.demonstrations)
+
+    def _waiting(self, policy: str, demonstrated: bool) -> Iterator[_Ready]:
+        """The same, with what waits for the rest of its round first."""
+        is_open = functools.cache(lambda of: self.round_is_open(policy, *orjson.loads(of)))
         for row in self.each(_CANDIDATES, {**self.named(policy), "demonstrated": demonstrated}):
             rollout_id, attempt = row["rollout_id"], row["number"]
             again = row["run_id"] is not None
-            for_return = bool(row["rewarded"]) and (not again or self._differs(row))
+            due = bool(row["rewarded"]) and (not again or self._differs(row))
+            held = due and not again and row["round"] is not None and is_open(row["round"])
             shown = (
                 self.demonstrations_of_attempt(rollout_id, attempt, after=row["shown_until"])
                 if row["demonstrated"]
                 else ()
             )
-            if for_return or shown:
-                yield _Ready(rollout_id, attempt, for_return, again and for_return, shown)
+            if due or shown:
+                for_return = due and not held
+                yield _Ready(rollout_id, attempt, for_return, held, again and for_return, shown)
 
     def _differs(self, row: sqlite3.Row) -> bool:
         """Whether what was entered later makes another return, or is for another attempt."""

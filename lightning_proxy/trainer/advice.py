@@ -11,6 +11,10 @@ _NO_REWARDS = (
     "none of the {} recorded rollouts has a reward: POST /reward with the rollout_id, or with the id of a "
     "response, says how a run went; [automatic_rewards] takes rewards from the traffic itself"
 )
+_HELD = (
+    "{} wait for the rest of their group of the task pool, or for its rewards: `lightning-proxy tasks list` "
+    "shows how far it is, and [train] group_wait_s is how long they wait"
+)
 _NO_CALLS: Mapping[str, str] = {
     Reason.GREEDY: "were at temperature 0, where nothing is sampled and so nothing is learnt from a choice: "
     "[[exploration]] samples a share of the rollouts at a temperature of its own",
@@ -40,14 +44,17 @@ _NO_ROLLOUTS: Mapping[str, str] = {
 }
 
 
-def advice(report: TrainReport, *, unrewarded: int = 0) -> str | None:
+def advice(report: TrainReport, *, unrewarded: int = 0, held: int = 0) -> str | None:
     """Why there is nothing to train on, by what a pass counted; ``None`` where there is something.
 
-    ``unrewarded``: rollouts that are recorded and wait for a reward. It says what most of it is due to.
+    ``unrewarded``: rollouts that are recorded and wait for a reward; ``held``: that wait for their group. It
+    says what most of it is due to.
     """
     rollouts, calls = (report.left_out.get(of, {}) for of in ("rollouts", "calls"))
     if report.counts.get("rollouts"):
         return None
+    if not rollouts and held:
+        return _HELD.format(held)
     if not rollouts:
         return _NO_REWARDS.format(unrewarded) if unrewarded else None
     reason = _most(rollouts)
