@@ -129,7 +129,8 @@ class TrainSettings(CreditSettings):
     max_version_age: int = Field(
         default=8,
         ge=0,
-        description="Calls that weights older than this many versions answered are left out, and counted.",
+        description="Calls that weights more than this many updates away from the present ones answered are "
+        "left out, and counted. Updates are counted along the versions' parents, not by their numbers.",
     )
     learning_rate: float = Field(default=1e-6, gt=0, description="AdamW's constant learning rate.")
     adam_eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")

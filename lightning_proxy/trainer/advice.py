@@ -12,8 +12,8 @@ _NO_REWARDS = (
     "response, says how a run went; [automatic_rewards] takes rewards from the traffic itself"
 )
 _HELD = (
-    "{} wait for the rest of their group of the task pool, or for its rewards: `lightning-proxy tasks list` "
-    "shows how far it is, and [train] group_wait_s is how long they wait"
+    "{} wait for the rest of their group of the task pool, or for its rewards: `lightning-proxy tasks` shows "
+    "how far it is, and [train] group_wait_s is how long they wait"
 )
 _NO_CALLS: Mapping[str, str] = {
     Reason.GREEDY: "were at temperature 0, where nothing is sampled and so nothing is learnt from a choice: "
@@ -30,7 +30,7 @@ _NO_CALLS: Mapping[str, str] = {
     Reason.CONSTRAINED: "were held to a grammar (a forced tool, a format), which is not the policy's choice",
     Reason.UNKNOWN_LOGPROBS: "were sampled by earlier weights at another temperature, or cut: an engine with "
     "`--logprobs-mode processed_logprobs` tells the logprobs of what it sampled from",
-    Reason.TOO_OLD: "were answered by weights more than [train] max_version_age versions old",
+    Reason.TOO_OLD: "were answered by weights more than [train] max_version_age updates away",
     Reason.TOO_LONG: "are longer than [train] max_row_tokens",
     Reason.ROLE_ALONE: "were made in a role that too few rollouts of their group have a return for",
 }

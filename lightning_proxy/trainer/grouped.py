@@ -15,6 +15,7 @@ import numpy as np
 
 from lightning_proxy.config.settings import Settings
 from lightning_proxy.store import Companion, PolicyVersion, RecordedRollout, RewardRule
+from lightning_proxy.trainer.ages import Ages
 from lightning_proxy.trainer.credit import Credit
 from lightning_proxy.trainer.drift import drifts
 from lightning_proxy.trainer.failures import Consequences, FailureCounts
@@ -104,15 +105,16 @@ def grouped(
     recorded: Sequence[RecordedRollout],
     settings: Settings,
     parent: PolicyVersion | None,
+    versions: Iterable[PolicyVersion],
     recent: Callable[[str], Iterable[Companion]],
 ) -> Grouped:
     """The rollouts that can be trained on, in groups; every other one is counted.
 
     What failed by no fault of the policy is dropped first, so that groups never hold it against anybody.
-    ``parent``: the version whose weights the update begins with, where that is known. ``recent``: who was
-    last trained on in a group of this key, for running baselines.
+    ``parent``: the version whose weights the update begins with, where that is known, and ``versions`` all that
+    the policy has. ``recent``: who was last trained on in a group of this key, for running baselines.
     """
-    train, terms = settings.train, terms_of(settings, parent)
+    train, terms = settings.train, terms_of(settings, parent, versions)
     left_out = LeftOut()
     consequences = Consequences(settings.failures.training, settings.policy.name, left_out)
     rollouts = trainable_rollouts(consequences.keep(recorded), terms, left_out)
@@ -147,15 +149,21 @@ def credit_of(settings: Settings) -> Credit:
     return Credit(train.credit, train.discount, train.group_by_role)
 
 
-def terms_of(settings: Settings, parent: PolicyVersion | None, *, sampled: bool = True) -> Terms:
-    """What calls must be to be trained on; ``sampled`` as in ``Terms``."""
+def terms_of(
+    settings: Settings,
+    parent: PolicyVersion | None,
+    versions: Iterable[PolicyVersion],
+    *,
+    sampled: bool = True,
+) -> Terms:
+    """What calls must be to be trained on; ``sampled`` as in ``Terms``. ``versions``: all of the policy."""
     model = settings.policy.model if parent is None else Path(parent.path)
     return Terms(
         settings.policy.name,
         settings.train.max_row_tokens,
         roles=settings.train.roles,
         version=None if parent is None else parent.version,
-        oldest_version=0 if parent is None else parent.version - settings.train.max_version_age,
+        ages=None if parent is None else Ages(parent, versions, settings.train.max_version_age),
         sampling_defaults=engine_defaults(model) if sampled else {},
         rule=RewardRule(**settings.reward_rule),
         normalised_prompts=settings.train.group_prompts == "normalised",

@@ -19,6 +19,7 @@ from lightning_proxy.store import (
     RewardRule,
     Span,
 )
+from lightning_proxy.trainer.ages import Ages
 from lightning_proxy.trainer.prompts import normalised_prompt
 from lightning_proxy.trainer.sampling import (
     LOGPROBS_MODE,
@@ -53,7 +54,7 @@ class Reason(StrEnum):
     MALFORMED_SAMPLING = "malformed_sampling"  # calls with a sampling parameter that is no number
     UNKNOWN_LOGPROBS = "unknown_logprobs"  # calls sampled at another temperature, or cut, by an earlier
     # version, of which the engine told the logprobs of the model's own distribution
-    TOO_OLD = "too_old"  # calls that weights of more than max_version_age versions ago answered
+    TOO_OLD = "too_old"  # calls that weights more than max_version_age updates away answered
     TOO_LONG = "too_long"  # generations whose prompt and response exceed max_row_tokens
     # Of SFT and DPO; calls that demonstrations and pairs are about are left out for the reasons above, too.
     BELOW_BEST = "below_best"  # rollouts: another of the group was worth more
@@ -185,7 +186,7 @@ class Terms:
     max_tokens: int  # of prompt and response together
     roles: tuple[str, ...] = ()  # none: all
     version: int | None = None  # whose weights the trainer has: what was sampled from them it can compute
-    oldest_version: int = 0  # what earlier ones sampled is too old
+    ages: Ages | None = None  # which versions are too old; None: none is
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # see `sampling.engine_defaults`
     rule: RewardRule = field(default_factory=RewardRule)
     normalised_prompts: bool = False  # rollouts of the same task are told by them
@@ -277,7 +278,7 @@ def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -
         if reason := Reason.SUPERSEDED if position in unseen else why_not_span(span, terms):
             left_out.calls[reason] += 1
             continue
-        if span.policy_version is not None and span.policy_version < terms.oldest_version:
+        if terms.ages is not None and terms.ages.too_old(span.policy_version):
             left_out.calls[Reason.TOO_OLD] += 1
             continue
         sampling = sampling_of(span.sampling, terms.sampling_defaults) if terms.sampled else PLAIN

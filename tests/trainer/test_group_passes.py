@@ -16,7 +16,7 @@ from lightning_proxy.trainer.run import train_once
 from tests.trainer import paper
 from tests.trainer.checkpoints import write_checkpoint
 from tests.trainer.fake_proxy import FakeProxy, fake_proxy
-from tests.trainer.recording import flat, generation, span
+from tests.trainer.recording import POLICY, flat, generation, record_group, span
 
 Compared = list[list[float]]
 
@@ -87,3 +87,33 @@ def test_a_group_of_the_task_pool_is_trained_on_as_a_whole_wherever_passes_lie(
     assert last.outcome is Outcome.TRAINED
     assert last.counts["rollouts"] == len(returns)
     assert passes.compared == [sorted(returns)]
+
+
+def test_after_a_rollback_what_the_version_answered_that_serves_again_is_one_update_old(
+    passes: Passes,
+) -> None:
+    for version in range(4):
+        record_group(passes.store, f"t{version}", [0.0, 1.0], version=version)
+        assert passes.train().version == version + 1
+    passes.store.activate_version(POLICY, 1)  # as the proxy rolls back
+    passes.change(train={"max_version_age": 1})
+    record_group(passes.store, "again", [0.0, 1.0], version=1)
+    report = passes.train()
+    assert (report.parent, report.version) == (1, 5)
+    record_group(passes.store, "late", [0.0, 1.0], version=1)
+    report = passes.train()
+    assert (report.parent, report.outcome, report.left_out["calls"]) == (5, Outcome.TRAINED, {})
+    record_group(passes.store, "left", [0.0, 1.0], version=4)  # three updates down to 1, and two up
+    assert passes.train().left_out["calls"] == {"too_old": 4}
+
+
+def test_rejected_versions_make_nothing_older(passes: Passes) -> None:
+    passes.change(train={"max_version_age": 1})
+    passes.proxy.mode = "rejects"
+    record_group(passes.store, "t", [0.0, 1.0])
+    assert [passes.train().outcome for _ in range(3)] == [Outcome.REJECTED] * 3
+    passes.proxy.mode = "promotes"
+    assert passes.train().version == 4
+    record_group(passes.store, "late", [0.0, 1.0], version=0)
+    report = passes.train()
+    assert (report.outcome, report.left_out["calls"]) == (Outcome.TRAINED, {})

@@ -29,7 +29,7 @@ class Rl:
 
     def choose(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None) -> Grouped:
         """The rollouts that can be compared with one another, in groups."""
-        return grouped(recorded, self._bench.settings, parent, self._recent)
+        return grouped(recorded, self._bench.settings, parent, self._bench.versions(), self._recent)
 
     def _recent(self, key: str) -> Sequence[Companion]:
         """The last rollouts that were trained on in this group."""
