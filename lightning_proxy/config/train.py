@@ -41,7 +41,7 @@ class CreditSettings(Table):
         "last returns of their like, whatever the prompt. Off: they wait until the prompt comes again.",
     )
     baseline_window: int = Field(
-        default=256, ge=1, description="How many earlier returns a running baseline looks back on."
+        default=256, ge=1, description="How many earlier returns a group or a running baseline looks back on."
     )
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ _NO_CALLS: Mapping[str, str] = {
     Reason.UNKNOWN_LOGPROBS: "were sampled by earlier weights at another temperature, or cut: an engine with "
     "`--logprobs-mode processed_logprobs` tells the logprobs of what it sampled from",
     Reason.TOO_OLD: "were answered by weights more than [train] max_version_age updates away",
+    Reason.TRAINED_BEFORE: "were trained on before, for the return that their rollout still has",
     Reason.TOO_LONG: "are longer than [train] max_row_tokens",
     Reason.ROLE_ALONE: "were made in a role that too few rollouts of their group have a return for",
 }
@@ -39,6 +40,8 @@ _NO_ROLLOUTS: Mapping[str, str] = {
     "better than the others; other tasks, finer rewards or a higher temperature would set them apart",
     Reason.GROUP_TOO_SMALL: "too few rollouts of the same task to compare: give runs of one task the same "
     "task id, and begin several of each (`lightning-proxy run --tasks FILE --group-size 8`)",
+    Reason.GROUP_GONE: "what came again for late rewards has nobody to be compared with: the others of "
+    "its group were deleted",
     Reason.INCOMPLETE_ROLLOUT: "capture lost calls of the rollouts: the proxy's log says why",
     Reason.NO_REWARD: "the rollouts' rewards are for earlier attempts than the last",
 }

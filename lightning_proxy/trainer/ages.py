@@ -29,6 +29,11 @@ class Ages:
         """Whether what this version answered is not trained on any more; of an unknown one nobody can say."""
         return version is not None and self.age(version) > self._most
 
+    @property
+    def near(self) -> frozenset[int | None]:
+        """All versions that are not too old, the unknown one among them."""
+        return frozenset((None, *(each for each in self._parents if not self.too_old(each))))
+
     def age(self, version: int) -> int:
         """Updates between this version and the start.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightning_proxy.config import Settings
-from lightning_proxy.store import NewTask, RolloutState, Store
+from lightning_proxy.store import ErrorClass, Finding, NewTask, RolloutState, Store
+from lightning_proxy.store.retention import delete_rollouts
 from lightning_proxy.trainer.advantages import Returns
 from lightning_proxy.trainer.algorithms import rl
 from lightning_proxy.trainer.report import Outcome, TrainReport
@@ -16,7 +17,7 @@ from lightning_proxy.trainer.run import train_once
 from tests.trainer import paper
 from tests.trainer.checkpoints import write_checkpoint
 from tests.trainer.fake_proxy import FakeProxy, fake_proxy
-from tests.trainer.recording import POLICY, flat, generation, record_group, span
+from tests.trainer.recording import POLICY, flat, generation, record_group, record_rollout, span
 
 Compared = list[list[float]]
 
@@ -117,3 +118,128 @@ def test_rejected_versions_make_nothing_older(passes: Passes) -> None:
     record_group(passes.store, "late", [0.0, 1.0], version=0)
     report = passes.train()
     assert (report.outcome, report.left_out["calls"]) == (Outcome.TRAINED, {})
+
+
+# -- groups of which nobody knows when they are complete ---------------------------------------
+
+
+@pytest.mark.parametrize("task", ["t", None])
+def test_one_that_comes_after_its_group_was_trained_on_is_compared_with_it(
+    task: str | None, passes: Passes
+) -> None:
+    calls = [([2, 3, 4], [5])]
+    for name, value in (("a", 0.0), ("b", 1.0), ("c", 1.0)):
+        record_rollout(passes.store, name, calls, value, task_id=task)
+    assert passes.train().counts["rollouts"] == 3
+    record_rollout(passes.store, "late", calls, 0.0, task_id=task)
+    report = passes.train()
+    assert (report.outcome, report.counts["rollouts"], report.counts["baseline_only"]) == (
+        Outcome.TRAINED, 1, 3,
+    )  # fmt: skip
+    assert passes.compared == [[0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]
+    assert passes.store.backlog(POLICY).rollouts_ready == 0
+
+
+def test_halves_of_a_group_that_agree_each_for_itself_teach_something_all_the_same(passes: Passes) -> None:
+    record_group(passes.store, "t", [0.0, 0.0], turns=1)
+    assert passes.train().counts["groups_all_equal"] == 1
+    for name in ("c", "d"):
+        record_rollout(passes.store, name, [([2, 3, 5], [6])], 1.0, task_id="t")
+    assert passes.train().counts["rollouts"] == 2
+    assert passes.compared == [[0.0, 0.0, 1.0, 1.0]]
+
+
+def test_a_group_is_not_joined_by_what_other_versions_answered_unless_it_is_too_small(
+    passes: Passes,
+) -> None:
+    record_group(passes.store, "t", [0.0, 1.0], version=0)
+    assert passes.train().version == 1
+    record_group(passes.store, "t", [0.5, 1.0], version=1)
+    assert passes.train().version == 2
+    record_group(passes.store, "t", [0.25], version=2)
+    assert passes.train().version == 3
+    passes.change(train={"max_version_age": 0})
+    record_group(passes.store, "t", [0.75], version=3)
+    assert passes.train().counts["given_back"] == 1  # all others are too old
+    assert passes.compared == [[0.0, 1.0], [0.5, 1.0], [0.0, 0.25, 0.5, 1.0, 1.0]]
+
+
+# -- former members as they were compared --------------------------------------------------------
+
+
+def test_former_members_keep_the_penalties_of_their_failures(passes: Passes) -> None:
+    passes.change(failures={"training": {"truncated": "penalty -1"}}, automatic_rewards={"truncated": 0.0})
+    store = passes.store
+    record_rollout(store, "ok", [([2, 3, 4], [5])], 1.0, task_id="t")
+    record_rollout(store, "other", [([2, 3, 4], [7])], 0.0, task_id="t")
+    cut = Finding(ErrorClass.TRUNCATED, "it ended at its token limit")
+    store.create_rollout(rollout_id="cut", task_id="t")
+    store.add_span(span("cut", generation([2, 3, 4], [6], flat), findings=(cut,)))
+    store.add_reward(value=0.0, rollout_id="cut")
+    assert passes.train().failures["penalised"] == {"truncated": 1}
+    store.add_reward(value=2.0, rollout_id="ok")
+    report = passes.train()
+    assert (report.counts["again"], report.failures) == (1, {})
+    assert passes.compared == [[-1.0, 0.0, 1.0], [-1.0, 0.0, 2.0]]
+
+
+def test_a_running_baseline_has_the_penalties_too(passes: Passes) -> None:
+    passes.change(failures={"training": {"truncated": "penalty -1"}}, automatic_rewards={"truncated": 0.0})
+    cut = Finding(ErrorClass.TRUNCATED, "it ended at its token limit")
+    for number in range(3):
+        passes.store.add_span(span(f"r{number}", generation([2, number], [6], flat), findings=(cut,)))
+        passes.store.add_reward(value=float(number), rollout_id=f"r{number}")
+        if number:
+            assert passes.train().outcome is Outcome.TRAINED
+    assert passes.compared == [[-1.0, 0.0], [-1.0, 0.0, 1.0]]
+
+
+def test_calls_that_an_sdk_tried_again_are_no_steps_of_a_former_member(passes: Passes) -> None:
+    passes.change(train={"credit": "return_to_go"})
+    store = passes.store
+    first, second = generation([2, 3, 4], [5]), generation([2, 3, 4, 5, 6], [7])
+    for name, tried in (("a", 2), ("b", 1)):
+        store.create_rollout(rollout_id=name, task_id="t")
+        for retry in range(tried):
+            early = store.add_span(span(name, first, request=b"first", retry=retry))
+        store.add_span(span(name, second, request=b"second"))
+        store.add_reward(value=1.0, span_id=early)
+        store.add_reward(value=float(tried), rollout_id=name)
+    passes.train()
+    store.add_reward(value=5.0, rollout_id="b")
+    passes.train()
+    # b's first step against a's first, b's last against a's last.
+    assert passes.compared == [[1.0, 2.0, 2.0, 3.0], [2.0, 3.0, 5.0, 6.0]]
+
+
+def test_one_that_comes_again_when_its_group_is_gone_is_used_up_and_counted(passes: Passes) -> None:
+    record_group(passes.store, "t", [0.0, 1.0])
+    assert passes.train().outcome is Outcome.TRAINED
+    delete_rollouts(passes.store, ["t-0-0"])
+    passes.store.add_reward(value=0.5, rollout_id="t-0-1")
+    report = passes.train()
+    assert report.left_out["rollouts"] == {"group_gone": 1}
+    assert "deleted" in report.message
+    assert passes.store.backlog(POLICY).rollouts_ready == 0
+
+
+# -- rollouts that go on -------------------------------------------------------------------------
+
+
+def test_calls_made_after_a_rollout_was_trained_on_are_trained_on_once_it_is_rewarded_again(
+    passes: Passes,
+) -> None:
+    store = passes.store
+    for name, value in (("a", 1.0), ("b", 0.0)):
+        record_rollout(store, name, [([2, 3], [5])], value, task_id="t")
+    assert passes.train().counts["transitions"] == 2
+    for name in ("a", "b"):
+        store.add_span(span(name, generation([2, 3, 5, 4], [6], flat), policy_version=1))
+    assert store.backlog(POLICY).rollouts_ready == 0  # they may not be over
+    for name, value in (("a", 1.0), ("b", 0.0)):
+        store.add_reward(value=value, rollout_id=name)
+    report = passes.train()
+    assert (report.counts["again"], report.counts["transitions"]) == (2, 2)
+    assert report.left_out["calls"] == {"trained_before": 2}
+    assert passes.compared == [[0.0, 1.0], [0.0, 1.0]]
+    assert store.backlog(POLICY).rollouts_ready == 0

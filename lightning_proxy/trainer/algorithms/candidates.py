@@ -118,7 +118,7 @@ def candidates(
     left_out = LeftOut()
     terms = terms_of(settings, parent, versions, sampled=False)
     for_return = [each for each in recorded if each.for_return]
-    consequences = Consequences(settings.failures.training, settings.policy.name, left_out)
+    consequences = Consequences(settings.failures.training, terms, left_out)
     rollouts = trainable_rollouts(consequences.keep(for_return), terms, left_out)
     rollouts = consequences.apply(rollouts)
     shown = demonstrations_of(recorded, terms, functools.cache(lambda: _answers(settings, parent)), left_out)
