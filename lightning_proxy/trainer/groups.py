@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -184,7 +184,7 @@ def _by_group(
 def _others(
     group: Group,
     own: Sequence[TrainableRollout],
-    present: Container[str],
+    present: Set[str],
     min_size: int,
     former: Former | None,
 ) -> list[TrainableRollout]:
