@@ -90,12 +90,15 @@ INSERT INTO consumptions (run_id, rollout_id, attempt, for_return, last_reward_i
 SELECT :run_id, :rollout_id, :attempt, :for_return, max(reward_id), iif(:demonstrated, max(reward_id), NULL),
   (SELECT max(s.span_id) FROM spans AS s WHERE s.rollout_id = :rollout_id AND s.attempt = :attempt)
 FROM rewards WHERE rollout_id = :rollout_id RETURNING last_reward_id, last_span_id"""
-# Of a running baseline (`recent_members`) nobody is a companion for good.
+# Of a running baseline (`recent_members`) nobody is a companion for good. Left alone, SQLite reads the whole
+# run for each.
 _COMPANIONS = """
 SELECT other.rollout_id, max(other.attempt) AS attempt
 FROM consumptions AS mine JOIN training_runs AS t USING (run_id)
-JOIN consumptions AS other ON other.run_id = mine.run_id AND other.group_key = mine.group_key
-WHERE mine.rollout_id = ? AND t.policy = ? AND t.state = 'committed' AND other.rollout_id <> mine.rollout_id
+JOIN consumptions AS other INDEXED BY consumptions_by_key
+  ON other.run_id = mine.run_id AND other.group_key = mine.group_key
+WHERE mine.rollout_id = :rollout_id AND t.policy = :policy AND t.state = 'committed'
+  AND other.rollout_id <> mine.rollout_id
   AND mine.group_key NOT LIKE 'running:%'
 GROUP BY other.rollout_id"""
 # Newest runs first: the index over (group_key, run_id) has them in this order, and the first rows are all
@@ -410,7 +413,7 @@ class Runs(Rounds, Policies):
 
     def _companions(self, policy: str, rollout_id: str) -> Iterator[RecordedRollout]:
         """Those that committed runs compared with this rollout, as :meth:`recent_members` has them."""
-        for row in self.rows(_COMPANIONS, (rollout_id, policy)):
+        for row in self.rows(_COMPANIONS, {"rollout_id": rollout_id, "policy": policy}):
             if (companion := self._companion(row)) is not None:
                 yield companion
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from lightning_proxy.store import ErrorClass, Finding, RewardRule, Store
-from lightning_proxy.store.runs import _RECENT
+from lightning_proxy.store.runs import _COMPANIONS, _RECENT
 from tests.store.support import POLICY, add_ready_rollout, make_span
 
 KEY = "running:-"
@@ -123,6 +125,10 @@ def test_their_calls_are_heads_unless_what_they_hold_says_which_of_them_count(st
     }  # fmt: skip
 
 
-def test_a_groups_members_are_found_by_its_key(store: Store) -> None:
-    plan = store.rows(f"EXPLAIN QUERY PLAN {_RECENT}", {"group_key": KEY, "policy": POLICY})
-    assert any("consumptions_by_key (group_key=?)" in row["detail"] for row in plan)
+@pytest.mark.parametrize(
+    ("sql", "found_by"), [(_RECENT, "(group_key=?)"), (_COMPANIONS, "(group_key=? AND run_id=?)")]
+)
+def test_a_groups_members_are_found_by_its_key(sql: str, found_by: str, store: Store) -> None:
+    named = {"group_key": KEY, "policy": POLICY, "rollout_id": "a"}
+    plan = [row["detail"] for row in store.rows(f"EXPLAIN QUERY PLAN {sql}", named)]
+    assert any(f"consumptions_by_key {found_by}" in step for step in plan), plan
