@@ -3,10 +3,11 @@
 A rollout is consumed by a policy while a run of that policy that is running or committed has it
 in ``consumptions``. So a run's change of state hands over, or gives back, everything at once.
 
-A consumption remembers the last entry of the ledger that the run knew. A rollout that a committed run
-has consumed waits again as soon as its return, with what was entered since, is another one than that
-run knew (or as soon as there are rewards for a later attempt). Both returns are taken by the same
-weights, so that changing a weight opens nothing.
+A consumption remembers the last entry of the ledger and the last call that the run knew. A rollout that a
+committed run has consumed waits again as soon as its return, with what was entered since, is another one than
+that run knew (or as soon as there are rewards for a later attempt). Both returns are taken by the same
+weights, so that changing a weight opens nothing. For the same return it waits again as soon as there are
+later calls and an entry that counts, and then for those calls alone (``trained_until``).
 
 Demonstrations are consumed apart from returns, by the runs that ask for them (``demonstrated``): each
 once, by whichever run comes first, and again only where a later entry for its target and name corrects it.

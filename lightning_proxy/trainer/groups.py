@@ -108,8 +108,8 @@ def form_groups(
 ) -> Grouping:
     """Group the rollouts and record group and method on each transition.
 
-    Groups smaller than ``min_size`` are for a later run, in which more of their task may have come;
-    with ``may_wait`` false they are left out for good. With ``recent`` those that only their prompt held
+    Groups smaller than ``min_size`` are for a later run, in which more of their task may have come; with
+    ``may_wait`` false they are left out for good, and always where all of them come again. With ``recent`` those that only their prompt held
     together get a running baseline instead. Groups whose returns are all equal, at every step and in every
     role that is compared, are left out: every advantage in them is 0. Both are counted in ``left_out``.
     A group of which members were left out before (``lost``) is one of those that are there: its mean and
@@ -133,9 +133,10 @@ def form_groups(
         counts.of_one[group.method] += len(everyone) == 1
         if not comparisons:
             counts.too_small[group.method] += 1
-            gone = all(rollout.again for rollout in own)  # nobody will join them
+            left_behind = all(rollout.again for rollout in own)  # nobody will join them
+            gone = left_behind and len(everyone) < min_size
             left_out.rollouts[Reason.GROUP_GONE if gone else Reason.GROUP_TOO_SMALL] += len(own)
-            if may_wait and not gone:
+            if may_wait and not left_behind:
                 for_later += [rollout.rollout_id for rollout in own]
                 continue
         elif not any(comparison.differs for comparison in comparisons):
