@@ -109,11 +109,11 @@ def form_groups(
     """Group the rollouts and record group and method on each transition.
 
     Groups smaller than ``min_size`` are for a later run, in which more of their task may have come; with
-    ``may_wait`` false they are left out for good, and always where all of them come again. With ``recent`` those that only their prompt held
-    together get a running baseline instead. Groups whose returns are all equal, at every step and in every
-    role that is compared, are left out: every advantage in them is 0. Both are counted in ``left_out``.
-    A group of which members were left out before (``lost``) is one of those that are there: its mean and
-    deviation are theirs.
+    ``may_wait`` false they are left out for good, and always where all of them come again. With ``recent``
+    those that only their prompt held together get a running baseline instead. Groups whose returns are all
+    equal, at every step and in every role that is compared, are left out: every advantage in them is 0. All
+    are counted in ``left_out``. A group of which members were left out before (``lost``) is one of those that
+    are there: its mean and deviation are theirs.
 
     Members that earlier runs trained on are members here too, with the returns that they have now and
     ``baseline_only``: they count in the group's size and statistics, and are not trained on again. Such are
