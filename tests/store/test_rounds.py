@@ -218,9 +218,9 @@ def test_looking_for_what_waits_is_fast_among_2_000_groups(
             "VALUES (?, ?, 1, ?, 1, 0, 0, 'w', ?, 60, ?, ?, ?)",
             [(f"r{n}", f"t{n // size}", *_as_the_pool_has_it(n, size, now)) for n in range(groups * size)],
         )
-    before = time.process_time()
+    before = time.thread_time()
     backlog = store.backlog(POLICY)
-    seconds = time.process_time() - before
+    seconds = time.thread_time() - before
     assert (backlog.rollouts_ready, backlog.rollouts_held) == (12_800, 2_800)
     print(f"\na backlog of 16,000 rollouts of 2,000 groups: {seconds * 1000:.0f} ms of CPU")
     assert seconds < 1.5

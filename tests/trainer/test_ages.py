@@ -61,8 +61,8 @@ def test_parents_that_go_round_in_a_circle_end() -> None:
 
 def test_ages_among_10_000_versions_are_found_at_once() -> None:
     known = [version(n, n - 1 if n else None) for n in range(10_000)]
-    before = time.process_time()
+    before = time.thread_time()
     found = Ages(known[-1], known, 8)
     assert sum(found.age(9_990) for _ in range(100_000)) == 900_000
     assert found.age(0) == 9_999
-    assert time.process_time() - before < 1.0
+    assert time.thread_time() - before < 1.0
