@@ -25,7 +25,6 @@ from lightning_proxy.errors import ConfigError, LightningError
 from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import Writer
 
-from .attribution import api_keys
 from .auth import Guard
 from .control.access import Access
 from .control.failures import FailureRoutes
@@ -99,7 +98,9 @@ def create_app(settings: Settings, *, processes: Mapping[str, EngineProcess] = _
     """
     parts = _build(settings, processes)
     guard = Guard(settings.proxy.token, parts.attributor, keys_reward=settings.proxy.rollout_keys_reward)
-    app = web.Application(client_max_size=settings.proxy.max_body_mb * 2**20, middlewares=[_door(guard)])
+    app = web.Application(
+        client_max_size=settings.proxy.max_body_mb * 2**20, middlewares=[_door(guard, parts.forwarder)]
+    )
     app[PARTS] = parts
     access = Access(parts.writer, parts.reader, parts.redactor)
     pool = TaskRoutes(access, parts.attributor, lambda: parts.base_url)
@@ -282,13 +283,13 @@ def _life(parts: Parts, pool: TaskRoutes) -> Callable[[web.Application], Any]:
 # -- the door: errors of ours and tokens ---------------------------------------------------------
 
 
-def _door(guard: Guard) -> Any:
+def _door(guard: Guard, forwarder: Forwarder) -> Any:
     @web.middleware
     async def door(request: web.Request, handler: Any) -> web.StreamResponse:
         try:
-            ours = request.path.startswith(("/api/", "/reward", "/metrics", "/ui"))
-            if not await guard.admits(request, model_call=not ours):
-                return _not_admitted(request)
+            forwarded = request.match_info.handler == forwarder.handle
+            if (refusal := await guard.refusal(request, forwarded=forwarded)) is not None:
+                return refusal
             response: web.StreamResponse = await handler(request)
             return response
         except LightningError as error:
@@ -298,15 +299,6 @@ def _door(guard: Guard) -> Any:
                            "LIGHTNING_PROXY__MAX_BODY_MB, to let larger ones through.")  # fmt: skip
 
     return door
-
-
-def _not_admitted(request: web.Request) -> web.Response:
-    sent = "a key that is not known here" if api_keys(request.headers) else "no key"
-    return problem(
-        401,
-        "invalid_api_key",
-        f"the request carries {sent}: send the proxy's token as `Authorization: Bearer ...`",
-    )
 
 
 async def _no_such_route(request: web.Request) -> web.Response:
