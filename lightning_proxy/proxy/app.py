@@ -52,7 +52,7 @@ from .served import Policies, Served, engine_process
 from .sweep import watch_for_silence
 from .switch import Switch
 from .tasks import Tasks
-from .upstream import Upstream, only_the_upstreams
+from .upstream import LONGEST_LINE, Upstream, only_the_upstreams
 from .upstreams import Endpoint, Upstreams, endpoint_of
 
 log = logging.getLogger(__name__)
@@ -323,7 +323,7 @@ async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
     processes = _engine_processes(settings)
     app = create_app(settings, processes=processes)
     parts = app[PARTS]
-    runner = web.AppRunner(app, handler_cancellation=True, auto_decompress=False, access_log=None)
+    runner = runner_of(app)
     await runner.setup()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -343,6 +343,18 @@ async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
             ended.result()  # EngineDied, where the engine was given up
     finally:
         await runner.cleanup()
+
+
+def runner_of(app: web.Application) -> web.AppRunner:
+    """What serves an application: bodies as they came, and lines of the length that upstreams' may have."""
+    return web.AppRunner(
+        app,
+        handler_cancellation=True,
+        auto_decompress=False,
+        access_log=None,
+        max_line_size=LONGEST_LINE,
+        max_field_size=LONGEST_LINE,
+    )
 
 
 async def listen(runner: web.AppRunner, settings: Settings, parts: Parts) -> None:

@@ -27,6 +27,7 @@ _PREFIX = re.compile(
     r"(?:/role/(?P<role>[^/?]+))?"
     r"(?P<rest>/v1(?:[/?].*)?|/?(?:\?.*)?)"
 )
+_ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,199}")
 _LONGEST_NUMBER = 10  # digits of an attempt
 _RETRY_COUNT = istr("X-Stainless-Retry-Count")
@@ -55,11 +56,12 @@ class SplitPath:
     attribution: Attribution | None
 
 
-def split_path(path: str) -> SplitPath:
-    """Take ``/rollout/{id}[/attempt/{n}][/role/{role}]`` off a raw path.
+def split_path(target: str) -> SplitPath:
+    """Take ``/rollout/{id}[/attempt/{n}][/role/{role}]`` off the path that a request is for.
 
-    Raises InvalidInput for an id or attempt that cannot be one.
+    Raises InvalidInput for an id or attempt that cannot be one, and for a target that has no path.
     """
+    path = origin_form(target)
     match = _PREFIX.fullmatch(path)
     if match is None:
         return SplitPath(path, None)
@@ -68,6 +70,22 @@ def split_path(path: str) -> SplitPath:
     attempt = checked_attempt(match["attempt"] or "1")
     rest = match["rest"] if match["rest"].startswith("/") else "/" + match["rest"]
     return SplitPath(rest, Attribution(rollout_id, attempt, role, "path", 1.0))
+
+
+def origin_form(target: str) -> str:
+    """Path and query of a request's target (RFC 9112 section 3.2).
+
+    Of a whole URL too, as clients send it that take us for a proxy of theirs: whatever host it names, the
+    answer is the upstream's. What has no path (``*``, the target of CONNECT) is for no upstream, and must
+    not become a part of its address. Raises InvalidInput.
+    """
+    if target.startswith("/"):
+        return target
+    match = _ABSOLUTE.match(target)
+    if match is None:
+        raise InvalidInput(f"{target[:80]!r} is no path: only requests for a path are forwarded")
+    rest = target[match.end() :]
+    return rest if rest.startswith("/") else "/" + rest
 
 
 def from_headers(headers: Mapping[str, str]) -> Attribution | None:

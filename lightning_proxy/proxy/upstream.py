@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http import StreamWriter
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from lightning_proxy.errors import ConfigError
+from lightning_proxy.errors import ConfigError, InvalidInput
 
 from .attribution import KEY_PREFIX, api_keys
 
@@ -30,6 +32,7 @@ _NOT_ADDED = ("Content-Type", "Server")
 # uvicorn, vLLM's server, closes idle connections after 5 s, and at once after a pause: a pooled
 # connection is dropped well before that.
 _IDLE_S = 2.0
+LONGEST_LINE = 2**16  # bytes of a request's or status line, or of a header, either way
 _LARGE_BODY = 2**20  # bytes; aiohttp warns of larger ones in one piece
 
 _connected: ContextVar[bool] = ContextVar("connected", default=False)
@@ -96,8 +99,8 @@ class Upstream:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             skip_auto_headers=_AUTO_HEADERS,
-            max_line_size=65536,
-            max_field_size=65536,
+            max_line_size=LONGEST_LINE,
+            max_field_size=LONGEST_LINE,
         )
 
     async def close(self) -> None:
@@ -138,8 +141,16 @@ class Upstream:
         return await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
 
     def request_headers(self, headers: CIMultiDictProxy[str], *, captured: bool) -> CIMultiDict[str]:
-        """What of an agent's headers goes to the upstream."""
+        """What of an agent's headers goes to the upstream.
+
+        Raises InvalidInput for one that aiohttp's client would alter without a word.
+        """
         kept = _end_to_end(headers)
+        for name, value in kept.items():
+            if not _is_utf8(value):
+                raise InvalidInput(
+                    f"the header {name} holds bytes that are no UTF-8, and cannot be passed on"
+                )
         kept.popall("Host", None)
         kept.popall("Expect", None)  # the agent was told to go on by us
         for name in _OUR_OWN:
@@ -199,12 +210,35 @@ def response_headers(headers: CIMultiDictProxy[str], *, rewritten: bool) -> CIMu
     return kept
 
 
-async def only_the_upstreams(_: web.Request, response: web.StreamResponse) -> None:
-    """Before the headers of an answer go out: take out what ``response_headers`` has left empty."""
+async def only_the_upstreams(request: web.Request, response: web.StreamResponse) -> None:
+    """Before the headers of an answer go out: take out what ``response_headers`` has left empty.
+
+    Bytes that are no UTF-8 go out as they came, where aiohttp's server would leave them out.
+    """
     headers = response.headers
     for name in _NOT_ADDED:
         if headers.get(name) == "":
             del headers[name]
+    if not (_is_utf8(response.reason or "") and all(map(_is_utf8, headers.values()))):
+        writer: Any = request.writer
+        writer.write_headers = partial(_write_headers, writer)
+
+
+async def _write_headers(writer: Any, status_line: str, headers: CIMultiDict[str]) -> None:
+    await StreamWriter.write_headers(writer, status_line, headers)  # which checks them, too
+    lines = [status_line, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    writer._headers_buf = "\r\n".join(lines).encode("utf-8", "surrogateescape")
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether what aiohttp read of a line was UTF-8: other bytes are surrogates in it."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

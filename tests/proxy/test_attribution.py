@@ -61,6 +61,25 @@ def test_other_paths_name_nobody(path: str) -> None:
     assert (split.path, split.attribution) == (path, None)
 
 
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        ("http://any.host/v1/models?limit=1", "/v1/models?limit=1"),
+        ("https://any.host:8443/rollout/r1/v1/models", "/v1/models"),
+        ("HTTP://any.host", "/"),
+        ("http://any.host?x=1", "/?x=1"),
+    ],
+)
+def test_a_target_may_be_a_whole_url(target: str, path: str) -> None:
+    assert split_path(target).path == path
+
+
+@pytest.mark.parametrize("target", ["*", "any.host:443", "@any.host/v1", "any.host/v1", ""])
+def test_a_target_without_a_path_is_refused(target: str) -> None:
+    with pytest.raises(InvalidInput, match="is no path"):
+        split_path(target)
+
+
 @pytest.mark.parametrize("path", ["/rollout/r1/v1?x=1", "/rollout/r1?x=1", "/rollout/r1/attempt/2/v1?a=/b"])
 def test_a_query_may_follow_the_prefix_at_once(path: str) -> None:
     split = split_path(path)
