@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -30,6 +30,7 @@ _PREFIX = re.compile(
 _ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,199}")
 _LONGEST_NUMBER = 10  # digits of an attempt
+_ROLLOUT, _SESSION = istr("X-Rollout-Id"), istr("X-Session-Id")
 _RETRY_COUNT = istr("X-Stainless-Retry-Count")
 KEY_PREFIX = "lp-"  # of the keys that Store.issue_key makes
 
@@ -44,6 +45,7 @@ class Attribution:
     by: str = "none"
     confidence: float = 0.0
     retry: int = 0  # which try of its client's SDK it is, beyond the first
+    doubt: str | None = field(default=None, compare=False)  # why it may be another rollout's after all
     # The conversation it is part of, where that had to be looked at.
     strand: Strand | None = field(default=None, compare=False, repr=False)
 
@@ -89,17 +91,24 @@ def origin_form(target: str) -> str:
 
 
 def from_headers(headers: Mapping[str, str]) -> Attribution | None:
-    """``X-Rollout-Id`` / ``X-Session-Id`` (with ``X-Attempt``, ``X-Role``), else W3C ``baggage``.
+    """``X-Rollout-Id`` (with ``X-Attempt``, ``X-Role``), else ``rollout_id`` in W3C ``baggage``.
 
     An id that cannot be one is no attribution: the header may be meant for somebody else.
     """
+    return _from_headers(headers, _ROLLOUT, ("rollout_id",))
+
+
+def from_session_headers(headers: Mapping[str, str]) -> Attribution | None:
+    """The same by ``X-Session-Id`` or a session in ``baggage``, which agents also send for others' sake."""
+    return _from_headers(headers, _SESSION, ("session_id", "session.id"))
+
+
+def _from_headers(headers: Mapping[str, str], name: str, in_baggage: Sequence[str]) -> Attribution | None:
     bag: Mapping[str, str] = {}
-    rollout_id = headers.get("X-Rollout-Id") or headers.get("X-Session-Id")
-    by = "header"
+    rollout_id, by = headers.get(name), "header"
     if not rollout_id and "baggage" in headers:
         bag = parse_baggage(headers["baggage"])
-        rollout_id = bag.get("rollout_id") or bag.get("session_id") or bag.get("session.id")
-        by = "baggage"
+        rollout_id, by = next((bag[key] for key in in_baggage if bag.get(key)), None), "baggage"
     if not rollout_id or not _ID.fullmatch(rollout_id):
         return None
     attempt = headers.get("X-Attempt") or bag.get("attempt") or "1"

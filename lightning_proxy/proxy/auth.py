@@ -9,16 +9,19 @@ administers the engine; one that hides its key could as well go to the engine's 
 from __future__ import annotations
 
 import hmac
+import logging
 from urllib.parse import unquote
 
 from aiohttp import web
 
+from lightning_proxy.errors import StoreError
 from lightning_proxy.store import KeyOwner
 
-from .attribution import KEY_PREFIX, api_keys, split_path
+from .attribution import Attribution, api_keys, from_headers, split_path
 from .keys import Attributor
 from .problem import problem
 
+log = logging.getLogger(__name__)
 _OPEN_PATHS = frozenset(("/healthz", "/readyz"))
 _REWARD_PATH = "/reward"
 _MOST_DECODINGS = 4  # of a path, one within the other
@@ -53,7 +56,10 @@ class Guard:
             return None  # the open paths have no routes but GET and HEAD
         if self._token is not None and self._has(request, self._token):
             return None
-        owner = await self._owner(request)
+        try:
+            owner = await self._attributor.sender(request.headers)
+        except StoreError as error:
+            return None if self._token is None else _cannot_tell(error)
         if owner is None:
             return None if self._token is None else _not_admitted(request)
         if forwarded:
@@ -64,7 +70,11 @@ class Guard:
 
     def _beyond(self, owner: KeyOwner, request: web.Request) -> web.Response | None:
         """The refusal, where a forwarded request is not for a rollout's key."""
-        path = split_path(request.raw_path).path.partition("?")[0]
+        split = split_path(request.raw_path)
+        named = split.attribution or from_headers(request.headers)
+        if named is not None and named.rollout_id != owner.rollout_id:
+            return _another_rollout(owner, named)
+        path = split.path.partition("?")[0]
         # What else an engine has beside /v1 is not known: without a token it is open to all anyway.
         good = not administers(path) if self._token is None else is_for_agents(request.method, path)
         return None if good else _not_for_agents(owner, f"{request.method} {path[:200]}")
@@ -73,17 +83,11 @@ class Guard:
         """The only rollout that an admitted request may change; ``None``: any."""
         if self._token is None or self._has(request, self._token):
             return None
-        owner = await self._owner(request)
+        owner = await self._attributor.sender(request.headers)
         return None if owner is None else owner.rollout_id
 
     def _has(self, request: web.Request, token: str) -> bool:
         return any(hmac.compare_digest(_bytes(key), _bytes(token)) for key in api_keys(request.headers))
-
-    async def _owner(self, request: web.Request) -> KeyOwner | None:
-        for key in api_keys(request.headers):
-            if key.startswith(KEY_PREFIX) and (owner := await self._attributor.owner(key)) is not None:
-                return owner
-        return None
 
 
 def is_for_agents(method: str, path: str) -> bool:
@@ -124,6 +128,22 @@ def _not_for_agents(owner: KeyOwner, what: str) -> web.Response:
         f"{what} is not for the key of a rollout ({owner.rollout_id!r}): it opens the model's API, /v1/..., "
         "and none of its engine's administration; send the proxy's token",
     )
+
+
+def _another_rollout(owner: KeyOwner, named: Attribution) -> web.Response:
+    return problem(
+        403,
+        "key_of_another_rollout",
+        f"the key was issued for rollout {owner.rollout_id!r}, and the {named.by} names "
+        f"{named.rollout_id!r}: send the key of that rollout, or name none",
+    )
+
+
+def _cannot_tell(error: StoreError) -> web.Response:
+    log.warning("a key could not be looked up: %s", error)
+    answer = problem(503, "store_unavailable", f"the key cannot be looked up at the moment: {error}")
+    answer.headers["Retry-After"] = "1"
+    return answer
 
 
 def _not_admitted(request: web.Request) -> web.Response:

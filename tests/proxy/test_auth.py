@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import MakeProxy, ProxyThread
+from lightning_proxy.errors import StoreUnavailable
+from lightning_proxy.store import Store
+from tests.conftest import MakeProxy, ProxyThread, wait_until
 from tests.engine import EngineThread
 from tests.proxy.raw_http import CHAT, HELLO, JSON, Headers, chat, recorded, send
 
@@ -179,6 +181,85 @@ def test_a_rollouts_key_rewards_that_rollout_and_no_other_where_that_is_allowed(
         assert send(guarded.url, path, None, headers, method=method).status == 403
     wrong = [("Authorization", "Bearer lp-00000000000000000000000000000000")]
     assert send(guarded.url, "/reward", mine, [*JSON, *wrong]).status == 401
+
+
+@pytest.mark.parametrize("token", [TOKEN, None])
+@pytest.mark.parametrize(
+    ("prefix", "headers"),
+    [
+        ("/rollout/theirs", []),
+        ("/sessions/theirs", []),
+        ("/rollout/theirs/attempt/2/role/writer", []),
+        ("", [("X-Rollout-Id", "theirs")]),
+        ("", [("baggage", "rollout_id=theirs")]),
+    ],
+    ids=str,
+)
+def test_a_rollouts_key_records_nothing_into_another_rollout(
+    engine: EngineThread, make_proxy: MakeProxy, token: str | None, prefix: str, headers: Headers
+) -> None:
+    proxy = make_proxy(engine.base_url, proxy={"token": token} if token else {})
+    key, _ = (
+        send(proxy.url, "/api/rollouts", {"rollout_id": name}, [*JSON, *BEARER]).json["api_key"]
+        for name in ("mine", "theirs")
+    )
+    sent = [*headers, ("Authorization", f"Bearer {key}")]
+    for path in (CHAT, "/v1/embeddings", "/v1/responses/input_tokens"):
+        answer = send(proxy.url, prefix + path, SHORT, [*JSON, *sent])
+        assert (answer.status, answer.json["error"]["code"]) == (403, "key_of_another_rollout")
+        assert "'mine'" in answer.json["error"]["message"]
+    assert engine.requests == []
+    mine = prefix.replace("theirs", "mine")
+    same = [(name, value.replace("theirs", "mine")) for name, value in sent]
+    assert chat(proxy, same, mine).status == 200
+    assert [span.rollout_id for span in recorded(proxy)] == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["X-Session-Id", "baggage"])
+def test_a_session_that_an_agent_names_by_itself_is_its_rollouts(guarded: ProxyThread, name: str) -> None:
+    key = send(guarded.url, "/api/rollouts", {"rollout_id": "mine"}, [*JSON, *BEARER]).json["api_key"]
+    session = (name, "session.id=ses_1" if name == "baggage" else "ses_1")
+    assert chat(guarded, [session, ("Authorization", f"Bearer {key}")]).status == 200
+    [span] = recorded(guarded)
+    assert (span.rollout_id, span.attributed_by) == ("mine", "key")
+
+
+def away(store: Store, key: str) -> None:
+    raise StoreUnavailable("disk I/O error")
+
+
+def test_a_good_key_that_cannot_be_looked_up_is_not_called_a_bad_one(
+    engine: EngineThread, make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again = (make_proxy(engine.base_url, proxy={"token": TOKEN}) for _ in range(2))
+    key = send(first.url, "/api/rollouts", {"rollout_id": "r1"}, [*JSON, *BEARER]).json["api_key"]
+    headers = [("Authorization", f"Bearer {key}")]
+    with monkeypatch.context() as trouble:
+        trouble.setattr(Store, "owner_of_key", away)
+        for path in (CHAT, "/v1/models", "/pause", "/reward"):
+            answer = send(again.url, path, SHORT, [*JSON, *headers])
+            assert (answer.status, answer.json["error"]["code"]) == (503, "store_unavailable")
+            assert answer.header("retry-after") == "1"
+        assert chat(again, BEARER).status == 200, "the token is not looked up"
+    assert chat(again, headers).status == 200
+
+
+def test_without_a_token_a_key_that_cannot_be_looked_up_costs_the_record_and_not_the_call(
+    engine: EngineThread, make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again = (make_proxy(engine.base_url) for _ in range(2))
+    key = send(first.url, "/api/rollouts", {"rollout_id": "r1"}).json["api_key"]
+    headers = [("Authorization", f"Bearer {key}")]
+    monkeypatch.setattr(Store, "owner_of_key", away)
+    assert chat(again, headers).status == chat(again, headers, "/rollout/r1").status == 200
+    alone, by_path = recorded(again, 2)
+    assert (alone.attributed_by, by_path.rollout_id) == ("none", "r1")
+    with again.store() as store:
+        wait_until(lambda: store.get_rollout(alone.rollout_id).incomplete is not None)
+        assert "key of a call could not be looked up" in (
+            store.get_rollout(alone.rollout_id).incomplete or ""
+        )
+        assert store.get_rollout("r1").incomplete is None
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/embeddings", "/v1/messages"])
