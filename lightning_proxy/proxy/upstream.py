@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import time
 from collections.abc import Mapping
 from contextvars import ContextVar
 from functools import partial
@@ -32,6 +34,8 @@ _NOT_ADDED = ("Content-Type", "Server")
 # uvicorn, vLLM's server, closes idle connections after 5 s, and at once after a pause: a pooled
 # connection is dropped well before that.
 _IDLE_S = 2.0
+_AT_ONCE_S = 1.0  # in which a request meets a connection that was closed before it
+_READ_OUT_S = 5.0  # for what comes after the last word: a comment, the end
 LONGEST_LINE = 2**16  # bytes of a request's or status line, or of a header, either way
 _LARGE_BODY = 2**20  # bytes; aiohttp warns of larger ones in one piece
 
@@ -120,15 +124,18 @@ class Upstream:
         """Send a request; return once the response's headers are there.
 
         A connection that the engine closed while it lay in the pool fails before a byte comes
-        back: that one case is tried again, once. A connection that was made for this request and
-        breaks is the answer that the agent would have got. Raises aiohttp.ClientError.
+        back, and at once: that one case is tried again, once. A connection that was made for this
+        request and breaks, or one that breaks later, while the engine may be at work on the request, is
+        the answer that the agent would have got. Raises aiohttp.ClientError.
         """
         url = self.url(path_and_query)
         _connected.set(False)
+        begun = time.monotonic()
         try:
             return await self._request(method, url, headers, body)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-            if _connected.get() or not (body is None or isinstance(body, bytes)):
+            at_once = time.monotonic() - begun < _AT_ONCE_S
+            if _connected.get() or not at_once or not (body is None or isinstance(body, bytes)):
                 raise
             return await self._request(method, url, headers, body)
 
@@ -190,14 +197,18 @@ def reset_at_the_end(answer: aiohttp.ClientResponse) -> OSError | None:
 
 
 async def read_out(answer: aiohttp.ClientResponse) -> None:
-    """Read what is left of an answer that nobody waits for, and give its connection back."""
+    """Read what is left of an answer that nobody waits for, and give its connection back.
+
+    An upstream that does not end its answer is left: its connection would stay open for good.
+    """
     try:
-        async for _ in answer.content.iter_any():
-            pass
+        async with asyncio.timeout(_READ_OUT_S):
+            async for _ in answer.content.iter_any():
+                pass
     except (aiohttp.ClientError, ConnectionError, TimeoutError):
-        pass  # it broke off after its last word: nothing is missing
+        pass  # after its last word: nothing is missing
     finally:
-        answer.release()
+        answer.release()  # which closes a connection whose answer is not at its end
 
 
 def response_headers(headers: CIMultiDictProxy[str], *, rewritten: bool) -> CIMultiDict[str]:
