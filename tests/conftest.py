@@ -93,7 +93,7 @@ class ProxyThread:
         from lightning_proxy.proxy.app import PARTS, create_app, listen, runner_of
 
         app = create_app(self.settings)
-        runner = runner_of(app)
+        runner = runner_of(app, self.settings)
         await runner.setup()
         await listen(runner, self.settings, app[PARTS])
         return runner, app[PARTS].base_url

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 from aiohttp import web
@@ -56,6 +57,7 @@ from .upstream import LONGEST_LINE, Upstream, only_the_upstreams
 from .upstreams import Endpoint, Upstreams, endpoint_of
 
 log = logging.getLogger(__name__)
+_AT_ONCE_S = 1.0  # after a second signal, for what is quickly done in order
 _NONE: Mapping[str, EngineProcess] = MappingProxyType({})
 
 
@@ -323,12 +325,9 @@ async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
     processes = _engine_processes(settings)
     app = create_app(settings, processes=processes)
     parts = app[PARTS]
-    runner = runner_of(app)
+    runner = runner_of(app, settings)
     await runner.setup()
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    stop = _stop_by_signals(runner)
     try:
         await listen(runner, settings, parts)
         announce(_greeting(parts))
@@ -345,7 +344,28 @@ async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
         await runner.cleanup()
 
 
-def runner_of(app: web.Application) -> web.AppRunner:
+def _stop_by_signals(runner: web.AppRunner) -> asyncio.Event:
+    """Set by the first signal, which ends us in order. The second one cuts whatever calls are under way,
+    and soon after that ends us outright: what was acknowledged is in the store, and vLLM ends with us.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def told(number: int) -> None:
+        if stop.is_set():
+            log.warning("told to stop again: calls under way are cut")
+            for connection in runner.server.connections if runner.server is not None else ():
+                if connection.transport is not None:
+                    cast(asyncio.Transport, connection.transport).abort()
+            loop.call_later(_AT_ONCE_S, os._exit, 128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, told, number)
+    return stop
+
+
+def runner_of(app: web.Application, settings: Settings) -> web.AppRunner:
     """What serves an application: bodies as they came, and lines of the length that upstreams' may have."""
     return web.AppRunner(
         app,
@@ -354,6 +374,7 @@ def runner_of(app: web.Application) -> web.AppRunner:
         access_log=None,
         max_line_size=LONGEST_LINE,
         max_field_size=LONGEST_LINE,
+        shutdown_timeout=settings.proxy.shutdown_timeout_s / 2,  # once for uploads, once for answers
     )
 
 
