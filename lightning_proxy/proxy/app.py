@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import uvloop
 from aiohttp import web
@@ -145,6 +145,7 @@ def _build(settings: Settings, processes: Mapping[str, EngineProcess]) -> Parts:
         lambda key: lookups(lambda store: store.owner_of_key(key)),
         lambda digests, ids: lookups(lambda store: store.conversation_ends(digests, ids)),
         Roles(settings.roles),
+        redacted=None if redactor is None else redactor.part,
     )
     forwarder = Forwarder(
         upstreams=upstreams,
@@ -356,7 +357,7 @@ def _stop_by_signals(runner: web.AppRunner) -> asyncio.Event:
             log.warning("told to stop again: calls under way are cut")
             for connection in runner.server.connections if runner.server is not None else ():
                 if connection.transport is not None:
-                    cast(asyncio.Transport, connection.transport).abort()
+                    connection.transport.abort()
             loop.call_later(_AT_ONCE_S, os._exit, 128 + number)
         stop.set()
 

@@ -7,6 +7,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from lightning_proxy.errors import StoreError
 from lightning_proxy.store import ConversationEnd, KeyOwner
@@ -47,12 +48,17 @@ class Attributor:
         find_ends: FindEnds = lambda digests, response_ids: (),
         roles: Roles | None = None,
         *,
+        redacted: Callable[[Json], Any] | None = None,
         patience_s: float = 1.0,
     ) -> None:
-        """``patience_s``: how long a call may wait for ``find_ends`` before it goes on alone."""
+        """``redacted``: a part of a request without what must not be kept.
+
+        ``patience_s``: how long a call may wait for ``find_ends`` before it goes on alone.
+        """
         self._look_up = look_up
         self._find_ends = find_ends
         self._roles = roles or Roles()
+        self._redacted = redacted
         self._patience_s = patience_s
         self._late: asyncio.Future[Sequence[ConversationEnd]] | None = (
             None  # a look-up that was not waited for
@@ -76,7 +82,7 @@ class Attributor:
         if found is None:
             found, doubt = await self._by_key(headers)
         if found is None:
-            found = from_session_headers(headers) or from_native_ids(headers, request)
+            found = from_session_headers(headers) or from_native_ids(headers, request, self._redacted)
         if found is None:
             found = await self._by_conversation(wire, request, body, retry)
         role = found.role or self._named_role(headers, wire, request)
