@@ -153,11 +153,6 @@ class Upstream:
         Raises InvalidInput for one that aiohttp's client would alter without a word.
         """
         kept = _end_to_end(headers)
-        for name, value in kept.items():
-            if not _is_utf8(value):
-                raise InvalidInput(
-                    f"the header {name} holds bytes that are no UTF-8, and cannot be passed on"
-                )
         kept.popall("Host", None)
         kept.popall("Expect", None)  # the agent was told to go on by us
         for name in _OUR_OWN:
@@ -167,6 +162,11 @@ class Upstream:
             kept.popall("Content-Length", None)
             kept["Accept-Encoding"] = "identity"
         self._set_key(kept)
+        for name, value in kept.items():
+            if not _is_utf8(value):
+                raise InvalidInput(
+                    f"the header {name} holds bytes that are no UTF-8, and cannot be passed on"
+                )
         return kept
 
     def _set_key(self, headers: CIMultiDict[str]) -> None:
