@@ -248,6 +248,8 @@ class Forwarder:
             request=received.request,
             body=received.plain,
         )
+        if attribution.doubt is not None:
+            self._recorder.mark_incomplete(attribution.rollout_id, attribution.doubt)
         temperature = None
         if policy is not None:
             temperature = self._exploration.temperature(attribution.rollout_id, attribution.role)

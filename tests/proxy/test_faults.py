@@ -428,6 +428,29 @@ def test_a_connection_that_dies_just_as_it_is_used_again_is_not_the_agents_troub
             assert send(proxy.url, path, None if path == "/v1/other" else HELLO).status == 200
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+def test_a_call_that_the_engine_worked_on_is_not_sent_again(
+    make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("lightning_proxy.proxy.upstream._AT_ONCE_S", 0.2)
+    bodies: list[bytes] = []
+
+    def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
+        bodies.append(body)
+        if len(bodies) == 1:
+            connection.sendall(http_answer(b"{}", "Content-Type: application/json"))
+            return True
+        time.sleep(0.5)
+        return False
+
+    with raw_upstream(answer) as upstream:
+        proxy = make_proxy(upstream.base_url, proxy={"capture": "text"})
+        assert send(proxy.url, path, HELLO).status == 200
+        answer_ = send(proxy.url, path, HELLO)
+        check_502(answer_.status, answer_.json)
+    assert len(bodies) == 2
+
+
 # -- the agent's troubles ------------------------------------------------------------------------
 
 
