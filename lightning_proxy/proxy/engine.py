@@ -6,8 +6,8 @@ The routes are vLLM's development routes (``VLLM_SERVER_DEV_MODE=1``), measured 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,16 @@ from .responses_probe import ResponsesProbe
 _QUICK = aiohttp.ClientTimeout(total=5)
 _PASSING = frozenset((401, 403, 408, 429))
 _RELOAD = aiohttp.ClientTimeout(total=600)
+_RESUME = aiohttp.ClientTimeout(total=60)
+_NO_SUCH_ROUTE = frozenset((404, 405, 501))
+
+
+class NeverReached(EngineUnreachable):
+    """No connection came about: the engine has seen nothing of the request."""
+
+
+class NoSuchRoute(EngineRefused):
+    """The engine does not have this control route."""
 
 
 class _NotNow(EngineRefused):
@@ -131,14 +141,14 @@ class Engine:
         while not await self.healthy():  # noqa: ASYNC110 - another process: there is no event
             await asyncio.sleep(1.0)
 
-    @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """Stop between two tokens, keep every request, and go on at the end of the block."""
+    async def pause(self) -> None:
+        """Stop between two tokens and keep every request. Where the answer is lost, it may have stopped."""
         await self._call("POST", f"{self._root}/pause?mode=keep", timeout=_RELOAD)
-        try:
-            yield
-        finally:
-            await self._call("POST", f"{self._root}/resume", timeout=_QUICK)
+
+    async def resume(self) -> None:
+        """Go on. An engine without such a route cannot be paused. Raises EngineError: it may not go on."""
+        with suppress(NoSuchRoute):
+            await self._call("POST", f"{self._root}/resume", timeout=_RESUME)
 
     async def reload_weights(self, path: Path) -> None:
         """Replace the weights by those in a directory. It must hold valid ones: vLLM dies of others."""
@@ -182,6 +192,8 @@ class Engine:
                 if "json" not in response.content_type or not text:
                     return None
                 return await response.json()
+        except aiohttp.ClientConnectorError as error:
+            raise NeverReached(f"{method} {url}: {error!r}") from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineUnreachable(f"{method} {url}: {error!r}") from error
         except ValueError as error:  # neither text nor JSON, whatever it says it is
@@ -189,6 +201,8 @@ class Engine:
 
 
 def _kind_of(status: int) -> type[EngineRefused]:
+    if status in _NO_SUCH_ROUTE:
+        return NoSuchRoute
     if status in _PASSING or status >= 500:
         return _NotNow
     return _BadRequest if status == 400 else EngineRefused

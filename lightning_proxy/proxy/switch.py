@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +19,22 @@ from lightning_proxy.errors import (
     Conflict,
     EngineError,
     EngineRefused,
+    EngineUnreachable,
     LightningError,
     PublishFailed,
 )
 from lightning_proxy.store import PolicyVersion, Store, VersionStatus, Writer
 
-from .engine import Engine
+from .engine import Engine, NeverReached
 from .hold import Hold
 from .metrics import Metrics
 from .tasks import Tasks
 
 log = logging.getLogger(__name__)
 CHANGING = "weights are changing"
+PAUSED = "the engine is paused and does not resume"
+_LAST_TRY_S = 5.0
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0  # between tries
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +184,65 @@ class Switch:
             raise PublishFailed(
                 f"{directory} holds no config.json with *.safetensors that can be read from here"
             )
-        async with self._engine.paused():
+        async with self._paused():
             try:
                 await self._engine.reload_weights(directory)
             except EngineError:
                 self.lost()
                 raise
             self._runs(version)
+        if self._lost or self._serving is not version:
+            raise EngineUnreachable(f"the engine went away while it took over version {version.version}")
+
+    @asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """The engine stands still for the length of a block, and goes on at its end, whatever happened.
+
+        Also after a pause that failed: it may be in force though its answer was lost, unless the
+        engine never heard of it.
+        """
+        try:
+            await self._engine.pause()
+        except NeverReached:
+            raise
+        except (Exception, asyncio.CancelledError) as error:
+            await self._go_on(after=error)
+            raise
+        try:
+            yield
+        except (Exception, asyncio.CancelledError) as error:
+            await self._go_on(after=error)
+            raise
+        await self._go_on()
+
+    async def _go_on(self, after: BaseException | None = None) -> None:
+        """Return when the engine is paused no longer: until then nobody would get an answer from it."""
+        if isinstance(after, asyncio.CancelledError):  # this process ends: one more try is all there is
+            with suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(_LAST_TRY_S):
+                    await self._engine.resume()
+            return
+        if (refusal := await self._resumed()) is None:
+            return
+        log.error("the engine is paused and does not resume; it is asked until it does: %s", refusal)
+        pause_s = _SHORTEST_PAUSE_S
+        with self._hold.closed(f"{PAUSED}: {refusal}"):
+            while refusal is not None:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                refusal = await self._resumed()
+        log.warning("the engine resumed")
+
+    async def _resumed(self) -> EngineError | None:
+        """Whether it goes on; if not, why."""
+        try:
+            await self._engine.resume()
+        except NeverReached as error:
+            self.lost()  # nobody listens: it has ended, and what comes after it may run anything
+            return error
+        except EngineError as error:
+            return error
+        return None
 
     async def _verify(self, version: PolicyVersion) -> float | None:
         """Largest difference (nats) between the engine's and the trainer's probe logprobs."""

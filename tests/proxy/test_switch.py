@@ -17,6 +17,7 @@ import pytest
 from lightning_proxy.store import ErrorClass, PolicyVersion, RunState, Span, Store, VersionStatus
 from tests.conftest import MakeProxy, MakeProxyProcess, ProxyThread, wait_until
 from tests.engine import EngineThread, FakeEngine, Script
+from tests.engine.connection import Connection, Request
 from tests.engine.model import weights_of
 from tests.proxy.raw_http import CHAT, HELLO, JSON, Answer, Call, chat, metric, recorded, send
 from tests.proxy.test_faults import free_port
@@ -476,3 +477,68 @@ def test_a_proxy_killed_in_mid_change_finds_its_way_back(
         assert json.loads(span.request) == HELLO
         assert promote(proxy.url, 1).status == 200
         assert statuses(store) == {0: "retired", 1: "active"}
+
+
+# -- an engine that stays paused -----------------------------------------------------------------
+
+
+def test_a_pause_whose_answer_was_lost_is_taken_back(
+    served: EngineThread, policy_proxy: ProxyThread, weights: list[Path]
+) -> None:
+    async def pause_and_vanish(request: Request, connection: Connection) -> None:
+        served.engine._running.clear()
+        connection.reset()
+
+    served.engine._control["POST", "/pause"] = pause_and_vanish
+    with policy_proxy.store() as store:
+        stage(store, served, 1, weights[1])
+        assert promote(policy_proxy.url, 1).status == 502
+        assert statuses(store) == {0: "active", 1: "staged"}
+    assert control_calls(served) == ["/pause", "/resume"]
+    assert send(policy_proxy.url, CHAT, HELLO, timeout=5).status == 200
+    check_stamps(served, recorded(policy_proxy))
+
+
+def test_calls_are_held_until_an_engine_that_does_not_resume_has_resumed(
+    served: EngineThread, policy_proxy: ProxyThread, weights: list[Path]
+) -> None:
+    served.script(Script(status=500, body="not now"), path="/resume", times=3)
+    with policy_proxy.store() as store:
+        stage(store, served, 1, weights[1])
+        with ThreadPoolExecutor(2) as pool:
+            promotion = pool.submit(promote, policy_proxy.url, 1)
+            wait_until(lambda: control_calls(served).count("/resume") == 2)
+            call = pool.submit(send, policy_proxy.url, CHAT, HELLO)
+            ready = send(policy_proxy.url, "/readyz")
+            assert not promotion.done()
+            assert promotion.result(10).status == 200
+            assert call.result(10).status == 200
+        assert statuses(store) == {0: "retired", 1: "active"}
+    assert ready.status == 503
+    assert any("does not resume" in why and "not now" in why for why in ready.json["waits_for"])
+    assert control_calls(served) == ["/pause", RELOAD, *["/resume"] * 4]
+    check_stamps(served, recorded(policy_proxy))
+    assert send(policy_proxy.url, "/readyz").status == 200
+
+
+def test_an_engine_that_ends_while_it_is_paused_is_not_taken_for_the_new_version(
+    served: EngineThread, policy_proxy: ProxyThread, weights: list[Path]
+) -> None:
+    with policy_proxy.store() as store:
+        stage(store, served, 1, weights[1])
+        served.script(Script(reset=True, delay_s=0.2), path="/resume")
+        with ThreadPoolExecutor(1) as pool:
+            promotion = pool.submit(promote, policy_proxy.url, 1)
+            wait_until(lambda: "/resume" in control_calls(served))
+            served.stop()
+            time.sleep(0.5)
+            fresh = EngineThread(FakeEngine(weights=weights[0]), served.port)
+            try:
+                answer = promotion.result(20)
+                assert answer.status == 502
+                assert "went away" in answer.json["error"]["message"]
+                assert statuses(store) == {0: "active", 1: "staged"}
+                assert chat(policy_proxy).status == 200
+                check_stamps(fresh, recorded(policy_proxy))
+            finally:
+                fresh.stop()
