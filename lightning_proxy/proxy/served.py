@@ -6,6 +6,7 @@ the store.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import socket
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_proxy.config import Settings
-from lightning_proxy.errors import ConfigError, EngineError, PublishFailed, UnknownTarget
-from lightning_proxy.store import VersionStatus, Writer
+from lightning_proxy.errors import ConfigError, EngineError, PublishFailed, StoreError, UnknownTarget
+from lightning_proxy.store import PolicyVersion, VersionStatus, Writer
 
 from .engine import Engine
 from .engine_process import EngineProcess, vllm_command
@@ -77,21 +78,39 @@ class Served:
         finally:
             self.hold.release(RESTORING)
 
-    async def supervise(self, writer: Writer) -> None:
+    async def supervise(self) -> None:
         """Keep our own vLLM up, and hold calls while it is not. Raises as ``EngineProcess.run``."""
-        assert self.process is not None, "asked of those that are our children"
+        process = self.process
+        assert process is not None, "asked of those that are our children"
         self.hold.close(STARTING)
 
         async def ready() -> None:
-            self.switch.started_with(await writer.submit(lambda store: store.active_version(self.policy)))
+            try:
+                version = await asyncio.to_thread(self._version_of, process.weights)
+            except StoreError as error:
+                log.error("which version of %s vLLM runs could not be looked up: %s", self.policy, error)
+                self.switch.lost()
+            else:
+                self.switch.started_with(version)
             self.hold.release(STARTING)
             log.info("vLLM is ready for %s", self.policy)
 
         async def down() -> None:
             self.hold.close(STARTING)
 
-        self.process.on_ready, self.process.on_down = ready, down
-        await self.process.run()
+        process.on_ready, process.on_down = ready, down
+        await process.run()
+
+    def _version_of(self, weights: Path | None) -> PolicyVersion | None:
+        """The version with these weights. Blocking.
+
+        Not the active one, which may be another by now; and not by the writer, which may have to wait.
+        """
+        with open_store(self.settings) as store:
+            versions = store.list_versions(self.policy)
+        same = [version for version in versions if Path(version.path) == weights]
+        active = (version for version in same if version.status is VersionStatus.ACTIVE)
+        return next(active, same[0] if same else None)
 
 
 class Policies:
