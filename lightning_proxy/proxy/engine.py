@@ -29,6 +29,10 @@ class NeverReached(EngineUnreachable):
     """No connection came about: the engine has seen nothing of the request."""
 
 
+class _TookTooLong(EngineUnreachable):
+    """No answer in time: it may only be busy."""
+
+
 class NoSuchRoute(EngineRefused):
     """The engine does not have this control route."""
 
@@ -128,8 +132,14 @@ class Engine:
 
     async def healthy(self) -> bool:
         """Whether the engine answers at all."""
+        return bool(await self.is_there())
+
+    async def is_there(self) -> bool | None:
+        """Whether the engine answers at all; ``None`` where it may only be slow."""
         try:
             await self._call("GET", f"{self._base}/models", timeout=_QUICK)
+        except _TookTooLong:
+            return None
         except EngineUnreachable:
             return False
         except EngineRefused:
@@ -194,7 +204,9 @@ class Engine:
                 return await response.json()
         except aiohttp.ClientConnectorError as error:
             raise NeverReached(f"{method} {url}: {error!r}") from error
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except TimeoutError as error:
+            raise _TookTooLong(f"{method} {url}: {error!r}") from error
+        except aiohttp.ClientError as error:
             raise EngineUnreachable(f"{method} {url}: {error!r}") from error
         except ValueError as error:  # neither text nor JSON, whatever it says it is
             raise EngineRefused(f"{method} {url} cannot be read: {error!r}") from error

@@ -22,6 +22,7 @@ from lightning_proxy.errors import (
     EngineUnreachable,
     LightningError,
     PublishFailed,
+    StoreError,
 )
 from lightning_proxy.store import PolicyVersion, Store, VersionStatus, Writer
 
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 CHANGING = "weights are changing"
 PAUSED = "the engine is paused and does not resume"
 _LAST_TRY_S = 5.0
+_LOOK_AGAIN_S = 1.0
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0  # between tries
 
 
@@ -74,12 +76,22 @@ class Switch:
         # count as version 0, what the user brought. Once `_lost`, nothing is known.
         self._serving: PolicyVersion | None = None
         self._lost = False
+        # An engine whose weights were changed and that somebody starts again, runs others than before.
+        self._changed = False
+        self._doubted = False  # a connection failed since: it may have been started again
+        self._gone = False  # nobody was there: it was
+        self._checking: asyncio.Task[None] | None = None
 
     # -- what calls are stamped with --------------------------------------------------------
 
     @property
     def version(self) -> int | None:
         """The version that runs now; ``None`` where that is not known."""
+        return None if self._doubted else self.version_under_way
+
+    @property
+    def version_under_way(self) -> int | None:
+        """The version that a call under way is answered by, which an engine started again would have cut."""
         if self._lost:
             return None
         return self._serving.version if self._serving is not None else 0
@@ -89,6 +101,11 @@ class Switch:
         """The version that the engine runs, as far as we know."""
         return self._serving
 
+    @property
+    def matters_who_runs(self) -> bool:
+        """Whether an engine that somebody starts again would run something else."""
+        return self._changed or self._lost
+
     # -- changes -----------------------------------------------------------------------------
 
     def started_with(self, version: PolicyVersion | None) -> None:
@@ -97,18 +114,63 @@ class Switch:
 
     def lost(self) -> None:
         """What the engine runs is not known: nothing is stamped with a version that may be wrong."""
-        self._lost = True
+        self._lost, self._doubted = True, False
 
     def _runs(self, version: PolicyVersion | None) -> None:
-        self._serving, self._lost = version, False
+        self._serving, self._lost, self._doubted, self._gone = version, False, False, False
+
+    def doubt(self, *, gone: bool) -> None:
+        """A connection to an engine that somebody else keeps up failed. ``gone``: nobody was there.
+
+        Until the engine is known to run what it ran, calls count as no version's; they are not held.
+        """
+        if not self.matters_who_runs:
+            return
+        self._doubted = True
+        self._gone = self._gone or gone
+        if self._checking is None or self._checking.done():
+            self._checking = self._tasks.spawn(f"what runs for {self.policy}", self._make_sure())
+
+    async def _make_sure(self) -> None:
+        """Once the engine answers: ask for the probe's logprobs, or load the active version again."""
+        while self._doubted:
+            there = await self._engine.is_there()
+            self._gone = self._gone or there is False
+            try:
+                if there and self._gone:
+                    log.warning("the engine was away: the active version of %s is loaded again", self.policy)
+                    await self.restore_active()
+                elif there:
+                    await self._check()
+                else:
+                    await asyncio.sleep(_LOOK_AGAIN_S)
+            except EngineUnreachable as error:
+                log.warning("the engine went away again: %s", error)
+                self._doubted = self._gone = True
+                await asyncio.sleep(_LOOK_AGAIN_S)
+            except (EngineError, PublishFailed, StoreError) as error:
+                log.error("the engine does not run the active version of %s: %s", self.policy, error)
+                self.lost()
+
+    async def _check(self) -> None:
+        """The engine is there right after a connection broke: it is the same one, if its logprobs are."""
+        async with self._one_at_a_time:
+            serving = self._serving
+            if self._doubted and serving is not None and not self._lost:
+                try:
+                    await self._verify(serving)
+                except (PublishFailed, EngineRefused):
+                    self._gone = True
+                    return
+            self._doubted = self._gone
 
     async def restore_active(self) -> None:
         """Make an engine that somebody else started run the active version, and go on if it is paused."""
-        active = await self._writer.submit(lambda store: store.active_version(self.policy))
-        if active is None:
-            self._runs(None)
-            return
         async with self._one_at_a_time:
+            active = await self._writer.submit(lambda store: store.active_version(self.policy))
+            if active is None:
+                self._runs(None)
+                return
             with self._hold.closed(CHANGING):
                 try:
                     await self._load(active)
@@ -185,6 +247,7 @@ class Switch:
                 f"{directory} holds no config.json with *.safetensors that can be read from here"
             )
         async with self._paused():
+            self._changed = True
             try:
                 await self._engine.reload_weights(directory)
             except EngineError:

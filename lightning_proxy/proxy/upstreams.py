@@ -47,6 +47,11 @@ class Endpoint:
         version = served.switch.version
         return (None, None) if version is None else (served.policy, version)
 
+    def broke(self, error: Exception) -> None:
+        """The connection of a call failed, or broke off in mid-answer."""
+        if self.served is not None:
+            self.served.broke(error)
+
     async def gives_tokens(self, headers: Mapping[str, str]) -> bool:
         """Whether it can be asked for token ids. ``headers``: the agent's, with the key to ask by."""
         if self.capture == "auto":

@@ -542,3 +542,100 @@ def test_an_engine_that_ends_while_it_is_paused_is_not_taken_for_the_new_version
                 check_stamps(fresh, recorded(policy_proxy))
             finally:
                 fresh.stop()
+
+
+# -- an engine that somebody else starts again ---------------------------------------------------
+
+
+@pytest.fixture
+def promoted(served: EngineThread, policy_proxy: ProxyThread, weights: list[Path]) -> ProxyThread:
+    """A proxy whose engine was started on ``weights[0]`` and runs version 1."""
+    with policy_proxy.store() as store:
+        stage(store, served, 1, weights[1])
+    assert promote(policy_proxy.url, 1).status == 200
+    return policy_proxy
+
+
+def last_span(proxy: ProxyThread) -> Span:
+    with proxy.store() as store:
+        return store.list_spans(limit=1)[0]
+
+
+def version_metric(proxy: ProxyThread) -> float:
+    return metric(proxy.url, 'lightning_policy_version{policy="policy"}')
+
+
+@pytest.fixture
+def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_proxy.proxy.served._LOOK_EVERY_S", 0.1)
+
+
+@pytest.mark.usefixtures("_looks_often")
+@pytest.mark.parametrize("noticed_by", ["a call", "nobody"])
+def test_an_engine_started_again_on_its_first_weights_gets_the_active_ones_back_before_calls_are_stamped(
+    served: EngineThread,
+    promoted: ProxyThread,
+    weights: list[Path],
+    noticed_by: str,
+) -> None:
+    served.stop()
+    if noticed_by == "a call":
+        assert chat(promoted).status == 502
+    wait_until(lambda: version_metric(promoted) == -1)
+    fresh = EngineThread(FakeEngine(weights=weights[0]), served.port)
+    try:
+        assert chat(promoted).status == 200, "answered by what runs"
+        assert last_span(promoted).policy_version is None
+        wait_until(lambda: version_metric(promoted) == 1)
+        assert control_calls(fresh) == ["/pause", RELOAD, "/resume"]
+        assert fresh.model.weights == SEEDS[1]
+        assert chat(promoted).status == 200
+        span = last_span(promoted)
+        assert (span.policy_version, span.policy_version_end) == (1, 1)
+        check_stamps(fresh, [span])
+    finally:
+        fresh.stop()
+
+
+def test_a_broken_connection_of_a_healthy_engine_holds_no_call_and_loads_nothing(
+    served: EngineThread, promoted: ProxyThread
+) -> None:
+    before = control_calls(served)
+    served.script(Script(delay_s=0.5), path=PROBING)
+    served.script(Script(reset=True))
+    assert chat(promoted).status == 502
+    begun = time.monotonic()
+    assert chat(promoted).status == 200
+    assert time.monotonic() - begun < 0.4
+    wait_until(lambda: version_metric(promoted) == 1)
+    assert control_calls(served) == before
+    chat(promoted)
+    assert last_span(promoted).policy_version == 1
+
+
+def test_a_call_under_way_keeps_its_version_when_another_ones_connection_breaks(
+    served: EngineThread, promoted: ProxyThread
+) -> None:
+    served.script(Script(chunk_delay_s=0.02, tokens=20))
+    with Call(promoted.url, CHAT, {**HELLO, "stream": True}) as call:
+        call.read_until(b'"content":"')
+        served.script(Script(reset=True), times=2)
+        assert chat(promoted).status == 502
+        call.rest()
+    spans = [span for span in recorded(promoted, 2) if span.error_class is None]
+    assert [(span.policy_version, span.policy_version_end) for span in spans] == [(1, 1)]
+
+
+def test_an_engine_whose_weights_never_changed_is_not_asked_what_it_runs(
+    served: EngineThread, policy_proxy: ProxyThread, weights: list[Path]
+) -> None:
+    chat(policy_proxy)
+    served.stop()
+    assert chat(policy_proxy).status == 502
+    fresh = EngineThread(FakeEngine(weights=weights[0]), served.port)
+    try:
+        assert chat(policy_proxy).status == 200
+        assert last_span(policy_proxy).policy_version == 0
+        assert [request.path for request in fresh.requests] == [CHAT]
+    finally:
+        fresh.stop()
