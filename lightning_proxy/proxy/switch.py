@@ -171,14 +171,17 @@ class Switch:
             if active is None:
                 self._runs(None)
                 return
-            with self._hold.closed(CHANGING):
-                try:
-                    await self._load(active)
-                except EngineRefused:
-                    if active.version != 0 or self._lost:
-                        raise
-                    self._runs(active)  # weights that cannot be changed are those it began with
-                await self._verify(active)
+            await self._bring_to(active)
+
+    async def _bring_to(self, active: PolicyVersion) -> None:
+        with self._hold.closed(CHANGING):
+            try:
+                await self._load(active)
+            except EngineRefused:
+                if active.version != 0 or self._lost:
+                    raise
+                self._runs(active)  # weights that cannot be changed are those it began with
+            await self._verify(active)
 
     async def promote(self, version: int) -> Promotion:
         """Let a version of this switch's policy take over.
@@ -206,10 +209,16 @@ class Switch:
             target = await self._writer.submit(lambda store: store.get_version(policy, version))
             if target.status is VersionStatus.REJECTED:
                 raise Conflict(f"version {version} of {policy} was rejected: {target.note}")
-            started = time.perf_counter()
-            with self._hold.closed(CHANGING):
-                difference = await self._take_over(target)
+            former, started = self._serving, time.perf_counter()
+            try:
+                with self._hold.closed(CHANGING):
+                    difference = await self._take_over(target)
+            except PublishFailed as failure:
+                note = str(failure)
+                await self._writer.submit(lambda store: _reject(store, target, note))
+                raise
             seconds = time.perf_counter() - started
+            await self._activate(target, former)
         self._metrics.swap_seconds.observe(seconds)
         log.info("version %d of %s took over in %.3f s", version, policy, seconds)
         return Promotion(policy, version, VersionStatus.ACTIVE.value, seconds, difference)
@@ -228,15 +237,27 @@ class Switch:
         try:
             await self._load(target)
             difference = await self._verify(target)
-            await self._writer.submit(lambda store: store.activate_version(target.policy, target.version))
-        except LightningError as failure:
+            self._still_runs(target)
+        except LightningError:
             if self._serving is not former or self._lost != was_lost:  # else the engine is as it was
                 await self._put_back(former)
-            if isinstance(failure, PublishFailed):
-                note = str(failure)
-                await self._writer.submit(lambda store: _reject(store, target, note))
             raise
         return difference
+
+    async def _activate(self, target: PolicyVersion, former: PolicyVersion | None) -> None:
+        """Note that the version serves. No call waits for that: the store may be in trouble.
+
+        A proxy that dies before leaves weights that are not the active ones in the engine. They are
+        replaced when it starts again; until then they are what calls are stamped with.
+        """
+        try:
+            await self._writer.submit(lambda store: store.activate_version(target.policy, target.version))
+        except LightningError:  # rejected or deleted meanwhile, or the store has closed
+            with self._hold.closed(CHANGING):
+                await self._put_back(former)
+            raise
+        if self._serving is not target:  # started again meanwhile, on what was active then
+            await self._bring_to(target)
 
     async def _load(self, version: PolicyVersion) -> None:
         """Make the engine run a version. From its first token on, calls count as this version's."""
@@ -254,6 +275,10 @@ class Switch:
                 self.lost()
                 raise
             self._runs(version)
+        self._still_runs(version)
+
+    def _still_runs(self, version: PolicyVersion) -> None:
+        """Raise EngineUnreachable unless a version that was loaded just now is what runs."""
         if self._lost or self._serving is not version:
             raise EngineUnreachable(f"the engine went away while it took over version {version.version}")
 
@@ -311,8 +336,15 @@ class Switch:
         """Largest difference (nats) between the engine's and the trainer's probe logprobs."""
         if version.probe is None:
             return None
-        ids = [int(token) for token in version.probe["prompt_token_ids"]]
-        expected = [float(value) for value in version.probe["logprobs"]]
+        try:
+            ids = [int(token) for token in version.probe["prompt_token_ids"]]
+            expected = [float(value) for value in version.probe["logprobs"]]
+            if len(expected) != max(len(ids) - 1, 0):
+                raise ValueError(f"{len(expected)} logprobs of {len(ids)} tokens")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise PublishFailed(
+                f"version {version.version} has no fixed prompt with its logprobs that can be read: {error!r}"
+            ) from error
         got = await self._engine.prompt_logprobs(self.policy, ids)
         difference = max((abs(a - b) for a, b in zip(got, expected, strict=True)), default=0.0)
         if not difference <= self._tolerance:

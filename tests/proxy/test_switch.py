@@ -21,6 +21,7 @@ from tests.engine.connection import Connection, Request
 from tests.engine.model import weights_of
 from tests.proxy.raw_http import CHAT, HELLO, JSON, Answer, Call, chat, metric, recorded, send
 from tests.proxy.test_faults import free_port
+from tests.proxy.test_store_trouble import locked
 
 MakeEngine = Callable[[FakeEngine], EngineThread]
 PROBE = [5, 6, 7, 8]
@@ -477,6 +478,73 @@ def test_a_proxy_killed_in_mid_change_finds_its_way_back(
         assert json.loads(span.request) == HELLO
         assert promote(proxy.url, 1).status == 200
         assert statuses(store) == {0: "retired", 1: "active"}
+
+
+@pytest.mark.parametrize(
+    "probe", [{}, {"prompt_token_ids": PROBE}, {"prompt_token_ids": PROBE, "logprobs": [-1.0]}, {"x": 1}]
+)
+def test_a_version_whose_probe_cannot_be_read_is_taken_back(
+    served: EngineThread, policy_proxy: ProxyThread, weights: list[Path], probe: dict[str, Any]
+) -> None:
+    with policy_proxy.store() as store:
+        made = PolicyVersion("policy", 1, str(weights[1]), VersionStatus.STAGED, parent=0, probe=probe)
+        run = store.begin_run("policy", owner="test", lease_s=60)
+        store.commit_run(run.run_id, report={}, version=made)
+        answer = promote(policy_proxy.url, 1)
+        assert (answer.status, answer.json["error"]["code"]) == (409, "version_rejected")
+        assert statuses(store) == {0: "active", 1: "rejected"}
+    assert served.model.weights == SEEDS[0]
+    chat(policy_proxy)
+    check_stamps(served, recorded(policy_proxy))
+
+
+def test_a_locked_database_holds_no_call_once_the_weights_are_in(
+    served: EngineThread, make_proxy: MakeProxy, weights: list[Path]
+) -> None:
+    tables: dict[str, Any] = {"store": {"busy_timeout_s": 0.2}, "policy": {"model": weights[0]}}
+    proxy = make_proxy(served.base_url, proxy={"hold_timeout_s": 3.0, "commit_timeout_s": 0.2}, **tables)
+    with proxy.store() as store:
+        stage(store, served, 1, weights[1])
+        served.script(Script(delay_s=0.5), path=RELOAD)
+        with ThreadPoolExecutor(1) as pool:
+            promotion = pool.submit(promote, proxy.url, 1)
+            wait_until(lambda: RELOAD in control_calls(served))
+            with locked(proxy.db):
+                wait_until(lambda: "/resume" in control_calls(served))
+                begun = time.monotonic()
+                assert chat(proxy).status == 200
+                assert time.monotonic() - begun < 2
+                assert not promotion.done()
+                assert statuses(store) == {0: "active", 1: "staged"}
+            assert promotion.result(10).status == 200
+        assert statuses(store) == {0: "retired", 1: "active"}
+    span = recorded(proxy)[0]
+    assert (span.policy_version, span.policy_version_end) == (1, 1)
+    check_stamps(served, [span])
+
+
+def test_a_version_that_took_over_and_was_not_noted_as_active_is_not_what_a_restart_serves(
+    served: EngineThread, make_proxy_process: MakeProxyProcess, weights: list[Path]
+) -> None:
+    env = {"LIGHTNING_POLICY__MODEL": str(weights[0]), "LIGHTNING_STORE__BUSY_TIMEOUT_S": "0.2"}
+    proxy = make_proxy_process(served.base_url, env=env)
+    with Store.open(proxy.db) as store, ThreadPoolExecutor(1) as pool:
+        stage(store, served, 1, weights[1])
+        served.script(Script(delay_s=0.5), path=RELOAD)
+        promotion = pool.submit(promote, proxy.url, 1)
+        wait_until(lambda: RELOAD in control_calls(served))
+        with locked(proxy.db):
+            wait_until(lambda: [request.path for request in served.calls] == [PROBING])
+            time.sleep(0.3)
+            assert served.model.weights == SEEDS[1]
+            proxy.kill()
+        with pytest.raises(OSError):  # noqa: PT011 - http.client raises one of several
+            promotion.result()
+        assert statuses(store) == {0: "active", 1: "staged"}
+        proxy = make_proxy_process(served.base_url, env=env)
+        assert send(proxy.url, CHAT, HELLO, timeout=10).status == 200
+        assert served.model.weights == SEEDS[0]
+        check_stamps(served, store.list_spans(limit=1))
 
 
 # -- an engine that stays paused -----------------------------------------------------------------
