@@ -6,6 +6,7 @@ The routes are vLLM's development routes (``VLLM_SERVER_DEV_MODE=1``), measured 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,11 +17,14 @@ import aiohttp
 
 from lightning_proxy.errors import EngineRefused, EngineUnreachable
 
+from .question import NobodyThere, Question
 from .responses_probe import ResponsesProbe
 
 _QUICK = aiohttp.ClientTimeout(total=5)
 _PASSING = frozenset((401, 403, 408, 429))
 _RELOAD = aiohttp.ClientTimeout(total=600)
+_BESIDE = aiohttp.ClientTimeout(total=60)  # of what no call waits for: a busy engine has a queue
+_PROCESSED = {"logprobs_mode": "processed_logprobs"}
 _RESUME = aiohttp.ClientTimeout(total=60)
 _NO_SUCH_ROUTE = frozenset((404, 405, 501))
 
@@ -52,9 +56,10 @@ class Engine:
         self._base = base.rstrip("/")
         self._root = self._base.removesuffix("/v1")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._is_vllm: bool | None = None
-        self._keeps_inline_system: bool | None = None
-        self._tells_processed: bool | None = None
+        self._is_vllm: Question[bool] = Question("is it vLLM?")
+        self._keeps_inline_system: Question[bool] = Question("does it keep system messages in place?")
+        self._tells_processed: Question[bool] = Question("which logprobs does it tell?")
+        self._unmarked: deque[dict[str, Any]] = deque(maxlen=1000)  # calls that wait for this answer
         self.responses = ResponsesProbe(self._base, key)
 
     async def is_vllm(self, headers: Mapping[str, str] = MappingProxyType({})) -> bool | None:
@@ -62,19 +67,23 @@ class Engine:
 
         ``headers``: the agent's, for an engine that answers to its key only.
         """
-        if self._is_vllm is None:
-            key = _key_in(headers)
+        key = _key_in(headers)
+
+        async def ask() -> bool | None:
             try:
                 answer = await self._call("GET", f"{self._base}/models", timeout=_QUICK, headers=key)
+            except NeverReached as error:
+                raise NobodyThere from error
             except (EngineUnreachable, _NotNow):
                 return None
             except EngineRefused:
                 answer = {}
             models = answer.get("data") if isinstance(answer, dict) else None
-            self._is_vllm = isinstance(models, list) and any(
+            return isinstance(models, list) and any(
                 isinstance(model, dict) and model.get("owned_by") == "vllm" for model in models
             )
-        return self._is_vllm
+
+        return await self._is_vllm.told(key, ask)
 
     async def keeps_inline_system(
         self, model: object, headers: Mapping[str, str] = MappingProxyType({})
@@ -84,45 +93,64 @@ class Engine:
         vLLM tries its template on such a conversation when it starts, and where it fails makes them
         part of the first system message of a Messages request. ``/tokenize`` tells the same.
         """
-        if self._keeps_inline_system is None and isinstance(model, str):
-            turns = [{"role": role, "content": "t"} for role in ("system", "user", "system", "user")]
-            question = {"model": model, "messages": turns, "add_generation_prompt": False}
-            url = f"{self._root}/tokenize"
+        if not isinstance(model, str):
+            return self._keeps_inline_system.answer
+        key = _key_in(headers)
+        turns = [{"role": role, "content": "t"} for role in ("system", "user", "system", "user")]
+        question = {"model": model, "messages": turns, "add_generation_prompt": False}
+
+        async def ask() -> bool | None:
             try:
-                await self._call("POST", url, json=question, timeout=_QUICK, headers=_key_in(headers))
-                self._keeps_inline_system = True
+                url = f"{self._root}/tokenize"
+                await self._call("POST", url, json=question, timeout=_QUICK, headers=key)
+            except NeverReached as error:
+                raise NobodyThere from error
             except _BadRequest:
-                self._keeps_inline_system = False
+                return False
             except (EngineUnreachable, EngineRefused):
                 return None
-        return self._keeps_inline_system
+            return True
 
-    async def tells_processed_logprobs(
-        self, model: object, headers: Mapping[str, str] = MappingProxyType({})
-    ) -> bool | None:
-        """Whether its logprobs are those after temperature and cuts; ``None`` while it is not known.
+        return await self._keeps_inline_system.told(key, ask)
 
+    def note_logprobs_mode(
+        self, sampling: dict[str, Any], model: object, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Add to a call's sampling that its logprobs are those after temperature and cuts, where they are.
+
+        No call waits for that: it is asked beside the first ones, and added when the answer comes.
         vLLM's ``--logprobs-mode``: ``raw_logprobs`` (the default) or ``processed_logprobs``. Two tokens'
         logprobs differ by the same at every temperature where they are raw, by twice as much at half
         the temperature where they are processed.
         """
-        if self._tells_processed is None and isinstance(model, str):
-            try:
-                plain, sharper = [await self._gap(model, at, headers) for at in (1.0, 0.5)]
-            except _BadRequest:
-                self._tells_processed = False
-            except (EngineUnreachable, EngineRefused):
-                return None
-            else:
-                self._tells_processed = sharper > 1.5 * plain > 0
-        return self._tells_processed
+        if self._tells_processed.answer is not None:
+            sampling.update(_PROCESSED if self._tells_processed.answer else {})
+        elif isinstance(model, str):
+            self._unmarked.append(sampling)
+            key, name = _key_in(headers), model
+            self._tells_processed.begun(key, lambda: self._ask_logprobs_mode(name, key))
+
+    async def _ask_logprobs_mode(self, model: str, key: Mapping[str, str]) -> bool | None:
+        try:
+            plain, sharper = [await self._gap(model, at, key) for at in (1.0, 0.5)]
+        except NeverReached as error:
+            raise NobodyThere from error
+        except _BadRequest:
+            processed = False
+        except (EngineUnreachable, EngineRefused):
+            return None
+        else:
+            processed = sharper > 1.5 * plain > 0
+        while self._unmarked:
+            self._unmarked.popleft().update(_PROCESSED if processed else {})
+        return processed
 
     async def _gap(self, model: str, temperature: float, headers: Mapping[str, str]) -> float:
         """By how much the logprobs of the two likeliest tokens after a fixed prompt differ."""
         request = {"model": model, "prompt": "1", "max_tokens": 1, "logprobs": 2, "temperature": temperature,
                    "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0}  # fmt: skip
         answer = await self._call(
-            "POST", f"{self._base}/completions", json=request, timeout=_QUICK, headers=_key_in(headers)
+            "POST", f"{self._base}/completions", json=request, timeout=_BESIDE, headers=headers
         )
         try:
             first, second = sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values())[-2:]

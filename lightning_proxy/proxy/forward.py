@@ -293,7 +293,7 @@ class Forwarder:
         if asked is not received.request:
             prepared.sampling[EXPLORED] = True
         if tokens and shaped(prepared.sampling):
-            await endpoint.note_logprobs_mode(prepared.sampling, asked, headers)
+            endpoint.note_logprobs_mode(prepared.sampling, asked, headers)
         return prepared
 
     async def _relay(
