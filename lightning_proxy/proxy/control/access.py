@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lightning_proxy.errors import InvalidInput, StoreUnavailable
+from lightning_proxy.proxy.threads import OneThread
 from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import Store, Writer
 
@@ -23,10 +24,11 @@ class Access:
         read: Callable[[Callable[[Store], Any]], Any],
         redactor: Redactor | None = None,
     ) -> None:
-        """``read`` asks the store and blocks: it is called off the loop."""
+        """``read`` asks the store and blocks: it is called in a thread of its own."""
         self._writer = writer
         self._read_blocking = read
         self._redactor = redactor
+        self._reading = OneThread("control-reads")
 
     def kept(self, fields: dict[str, Any], *names: str) -> dict[str, Any]:
         """``fields`` as they may be written: the named ones, which people write, without what rules find.
@@ -56,5 +58,5 @@ class Access:
 
     async def read(self, question: Callable[[Store], T]) -> T:
         """Ask the store a question."""
-        answer: T = await asyncio.to_thread(self._read_blocking, question)
+        answer: T = await self._reading.run(self._read_blocking, question)
         return answer
