@@ -34,6 +34,7 @@ _COMMIT_DELAY_S = 0.005
 _BUSY_S = 0.010  # since the last commit: longer ago, and company is unlikely to come
 _SHORTEST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
+_NO_SILENCE_S = 1.0  # a write that waited longer: signs of life may be waiting as well
 
 
 class _Job:
@@ -90,6 +91,7 @@ class Writer:
         self._idle = False  # the thread waits on _wake
         self._closing = False
         self._committed_at = 0.0  # monotonic
+        self._tried_since: float | None = None  # monotonic: when the transaction that runs was first tried
         self._wake = threading.Semaphore(0)
         self._give_up = threading.Event()
         self._thread: threading.Thread | None = None
@@ -235,6 +237,7 @@ class Writer:
         """Commit a batch. Savepoints cost more than the writes, so they are for when they are needed."""
         with self._lock:
             incomplete = dict(self._incomplete)
+        self._tried_since = self._tried_since or time.monotonic()
         try:
             outcomes = self._transact(store, batch, incomplete, savepoints=False)
         except _Undone:
@@ -242,6 +245,7 @@ class Writer:
         with self._lock:
             for rollout_id in incomplete:
                 del self._incomplete[rollout_id]
+        self._tried_since = None
         return outcomes
 
     def _transact(
@@ -249,9 +253,13 @@ class Writer:
     ) -> list[_Outcome]:
         outcomes: list[_Outcome] = []
         with store.transaction():
+            if time.monotonic() - (self._tried_since or 0.0) > _NO_SILENCE_S:
+                store.forgive_downtime()  # before anything that takes silence for death
             for rollout_id, why in incomplete.items():
                 store.mark_incomplete(rollout_id, why)
             for job in batch:
+                if job.span is None and job.future.cancelled():  # nobody waits: a claim would be for nobody
+                    continue
                 changes = store.connection.total_changes
                 try:
                     if savepoints:

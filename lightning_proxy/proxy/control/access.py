@@ -44,12 +44,20 @@ class Access:
                     raise InvalidInput(f"{name} is {error}") from error
         return kept
 
-    async def write(self, change: Callable[[Store], T]) -> T:
-        """Run a change through the one writer; return when it is durable."""
+    async def write(self, change: Callable[[Store], T], *, for_who_waits: bool = False) -> T:
+        """Run a change through the one writer; return when it is durable.
+
+        ``for_who_waits``: a change that is of no use, or does harm, where whoever asked has gone.
+        """
         future = self._writer.submit(change)
-        done, _ = await asyncio.wait((future,), timeout=_STORE_PATIENCE_S)
+        try:
+            done, _ = await asyncio.wait((future,), timeout=_STORE_PATIENCE_S)
+        except asyncio.CancelledError:
+            if for_who_waits:
+                future.cancel()
+            raise
         if not done:
-            future.cancel()  # nobody waits for it; it may be written yet, which a key makes safe
+            future.cancel()  # not begun, it is left out; if it is being written, a key makes that safe
             raise StoreUnavailable(
                 f"the store is not writing ({self._writer.last_error or 'busy'}); try again, with the same "
                 "idempotency_key"
