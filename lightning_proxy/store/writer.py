@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -40,7 +40,7 @@ _NO_SILENCE_S = 1.0  # a write that waited longer: signs of life may be waiting 
 class _Job:
     """A function to run, or a span to add, and the future of its result."""
 
-    __slots__ = ("fn", "future", "span")
+    __slots__ = ("fn", "future", "size", "span")
 
     def __init__(
         self, future: asyncio.Future[Any], fn: Callable[[Store], Any] | None = None, span: Span | None = None
@@ -48,6 +48,7 @@ class _Job:
         self.future = future
         self.fn = fn
         self.span = span
+        self.size = 0 if span is None else _bytes_of(span)
 
 
 _Outcome = tuple["asyncio.Future[Any]", Any, Exception | None]
@@ -72,10 +73,15 @@ class Writer:
         busy_timeout_s: float = 5.0,
         create: bool = True,
         max_pending: int = 10_000,
+        max_pending_bytes: int = 256 * 2**20,
     ) -> None:
-        """``max_pending``: spans that may wait; see :meth:`submit_span`. The rest: :meth:`Store.open`."""
+        """``max_pending``, ``max_pending_bytes``: of spans that may wait; see :meth:`submit_span`.
+
+        The rest: :meth:`Store.open`.
+        """
         self.path = Path(path)
         self.max_pending = max_pending
+        self.max_pending_bytes = max_pending_bytes
         self.healthy = True  # False from a failed transaction until one succeeds
         self.on_their_way = 0  # spans that will come soon: kept by whoever knows, on the event loop
         self.dropped = 0  # spans given up since the start
@@ -86,6 +92,7 @@ class Writer:
         self._lock = threading.Lock()  # guards everything below
         self._waiting: deque[_Job] = deque()
         self._waiting_spans = 0
+        self._waiting_bytes = 0  # of these spans
         self._in_hand = 0  # jobs in the transaction that runs
         self._incomplete: dict[str, str] = {}  # rollouts that lost a span: why
         self._idle = False  # the thread waits on _wake
@@ -146,17 +153,19 @@ class Writer:
     def submit_span(self, span: Span) -> asyncio.Future[int]:
         """Add a span in the next transaction; the future has its id once that has committed.
 
-        Where more than ``max_pending`` spans wait, the oldest is dropped: its future fails with
-        ``StoreUnavailable`` and its rollout is marked incomplete as soon as that can be written.
+        Where more than ``max_pending`` spans wait, or more than ``max_pending_bytes`` of them, the oldest
+        are dropped: their futures fail with ``StoreUnavailable`` and their rollouts are marked
+        incomplete as soon as that can be written.
         """
         job = _Job(self._new_future(), span=span)
         with self._lock:
             self._enqueue(job)
-            self._waiting_spans += 1
-            oldest = self._drop_oldest_span() if self._waiting_spans > self.max_pending else None
+            self._count((job,), 1)
+            dropped = self._drop_what_is_too_much()
             self._wake_up()
-        if oldest is not None and not oldest.future.done():
-            oldest.future.set_exception(self._lost())
+        for oldest in dropped:
+            if not oldest.future.done():
+                oldest.future.set_exception(self._lost())
         return job.future
 
     def _new_future(self) -> asyncio.Future[Any]:
@@ -171,7 +180,10 @@ class Writer:
         self._waiting.append(job)
 
     def _lost(self) -> StoreUnavailable:
-        return StoreUnavailable(f"more than {self.max_pending} spans wait: the oldest was dropped")
+        return StoreUnavailable(
+            f"more than {self.max_pending} spans, or {self.max_pending_bytes >> 20} MiB of them, wait: "
+            "the oldest was dropped"
+        )
 
     def _wake_up(self) -> None:
         """Called with the lock held."""
@@ -179,16 +191,33 @@ class Writer:
             self._idle = False
             self._wake.release()
 
-    def _drop_oldest_span(self) -> _Job | None:
-        """Called with the lock held. The spans of the transaction that runs are out of reach."""
-        for index, job in enumerate(self._waiting):
+    def _count(self, jobs: Iterable[_Job], sign: int) -> None:
+        """The spans among jobs wait from now on (1), or no longer (-1). Called with the lock held."""
+        for job in jobs:
             if job.span is not None:
-                del self._waiting[index]
-                self._waiting_spans -= 1
-                self.dropped += 1
-                self._incomplete.setdefault(job.span.rollout_id, _WHY_DROPPED)
-                return job
-        return None
+                self._waiting_spans += sign
+                self._waiting_bytes += sign * job.size
+
+    def _drop_what_is_too_much(self) -> list[_Job]:
+        """Called with the lock held. The spans of the transaction that runs are out of reach, and so
+        is the newest one, however large."""
+        dropped = []
+        while self._waiting_spans > self.max_pending or (
+            self._waiting_bytes > self.max_pending_bytes and self._waiting_spans > 1
+        ):
+            index = next(i for i, job in enumerate(self._waiting) if job.span is not None)
+            job = self._waiting[index]
+            del self._waiting[index]
+            self._count((job,), -1)
+            self._give_up_span(job, _WHY_DROPPED)
+            dropped.append(job)
+        return dropped
+
+    def _give_up_span(self, job: _Job, why: str) -> None:
+        """Called with the lock held."""
+        if job.span is not None:
+            self.dropped += 1
+            self._incomplete.setdefault(job.span.rollout_id, why)
 
     # Everything below runs in the writer's thread.
 
@@ -226,7 +255,7 @@ class Writer:
         with self._lock:
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _LARGEST_BATCH))]
             self._in_hand = len(batch)
-            self._waiting_spans -= sum(job.span is not None for job in batch)
+            self._count(batch, -1)
             return batch
 
     def _company_will_come(self) -> bool:
@@ -284,10 +313,9 @@ class Writer:
         self.last_error = str(error)
         with self._lock:
             self._waiting.extendleft(reversed(batch))
-            self._waiting_spans += sum(job.span is not None for job in batch)
+            self._count(batch, 1)
             self._in_hand = 0
-            over = max(0, self._waiting_spans - self.max_pending)
-            dropped = [job for job in (self._drop_oldest_span() for _ in range(over)) if job is not None]
+            dropped = self._drop_what_is_too_much()
         if dropped:
             self._call_loop(_resolve, [(job.future, None, self._lost()) for job in dropped])
 
@@ -324,6 +352,16 @@ class Writer:
         except RuntimeError:
             if not loop.is_closed():  # closed: nobody waits for the futures any more
                 raise
+
+
+def _bytes_of(span: Span) -> int:
+    """About what a span takes up in memory."""
+    arrays = (
+        array
+        for generation in span.generations
+        for array in (generation.prompt_token_ids, generation.response_token_ids, generation.logprobs)
+    )
+    return len(span.request) + len(span.response or b"") + sum(len(a) * a.itemsize for a in arrays)
 
 
 def _run(job: _Job, store: Store) -> Any:

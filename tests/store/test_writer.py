@@ -148,6 +148,27 @@ async def test_the_oldest_spans_are_dropped_past_the_limit_and_their_rollouts_ma
     assert marked == {f"r{index:02}" for index in range(10)}
 
 
+async def test_the_oldest_spans_are_dropped_past_the_bytes_that_may_wait(db: Path) -> None:
+    writer = Writer(db, busy_timeout_s=0.02, max_pending_bytes=100_000)
+    writer.start()
+    await writer.submit_span(make_span(rollout_id="before"))
+    with locked(db):
+        spans = [
+            writer.submit_span(make_span(rollout_id=f"r{index}", request=b"x" * 30_000)) for index in range(6)
+        ]
+        await until(lambda: not writer.healthy)
+        await until(lambda: writer.dropped == 3)
+        larger = writer.submit_span(make_span(rollout_id="larger", request=b"x" * 200_000))
+        await until(lambda: writer.dropped == 6)
+    results = await asyncio.gather(*spans, return_exceptions=True)
+    assert all(isinstance(result, StoreUnavailable) for result in results)
+    assert isinstance(await larger, int), "the newest one is kept, however large"
+    await writer.close()
+    with Store.open(db) as reader:
+        marked = {s.rollout.rollout_id for s in reader.list_rollouts() if s.rollout.incomplete is not None}
+    assert marked == {f"r{index}" for index in range(6)}
+
+
 async def test_a_full_database_keeps_everything_waiting_until_there_is_room(writer: Writer, db: Path) -> None:
     stores: list[Store] = []
     await writer.submit(stores.append)
