@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import threading
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from lightning_proxy.errors import StoreError, StoreUnavailable
+from lightning_proxy.errors import LightningError, StoreError, StoreUnavailable
 from lightning_proxy.store.connection import Synchronous
 from lightning_proxy.store.records import Span
 from lightning_proxy.store.store import Store
@@ -32,6 +33,7 @@ _LARGEST_BATCH = 256  # so that other processes get their turn, and the first in
 _COMMIT_SIBLINGS = 4  # spans on their way from which on a commit waits
 _COMMIT_DELAY_S = 0.005
 _BUSY_S = 0.010  # since the last commit: longer ago, and company is unlikely to come
+_MOST_FAULTS = 3  # of a job that breaks the connection or this code, time and again
 _SHORTEST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 _NO_SILENCE_S = 1.0  # a write that waited longer: signs of life may be waiting as well
@@ -40,7 +42,7 @@ _NO_SILENCE_S = 1.0  # a write that waited longer: signs of life may be waiting 
 class _Job:
     """A function to run, or a span to add, and the future of its result."""
 
-    __slots__ = ("fn", "future", "size", "span")
+    __slots__ = ("faults", "fn", "future", "size", "span")
 
     def __init__(
         self, future: asyncio.Future[Any], fn: Callable[[Store], Any] | None = None, span: Span | None = None
@@ -48,6 +50,7 @@ class _Job:
         self.future = future
         self.fn = fn
         self.span = span
+        self.faults = 0  # errors that it was alone with
         self.size = 0 if span is None else _bytes_of(span)
 
 
@@ -94,6 +97,7 @@ class Writer:
         self._waiting_spans = 0
         self._waiting_bytes = 0  # of these spans
         self._in_hand = 0  # jobs in the transaction that runs
+        self._alone = 0  # jobs that are to be written one by one, for one of them may be at fault
         self._incomplete: dict[str, str] = {}  # rollouts that lost a span: why
         self._idle = False  # the thread waits on _wake
         self._closing = False
@@ -221,26 +225,28 @@ class Writer:
 
     # Everything below runs in the writer's thread.
 
-    def _work(self, store: Store) -> None:
+    def _work(self, store: Store | None) -> None:
+        """Write until the writer closes. Nothing else ends the thread: without it, nothing is recorded."""
         pause_s = _SHORTEST_PAUSE_S
         try:
             while batch := self._take():
                 try:
+                    store = store or self._open()
                     outcomes = self._write(store, batch)
-                except StoreError as error:
+                except BaseException as error:  # noqa: BLE001 - whatever it is, calls are to be recorded
+                    if _is_broken(store, error):
+                        _close(store)
+                        store = None
                     self._failed(batch, error)
                     if self._give_up.wait(pause_s):
                         break
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                except BaseException as error:  # not an error of the database or of a job: this code's own
-                    self._failed(batch, StoreError(repr(error)))
-                    raise
                 else:
                     pause_s = _SHORTEST_PAUSE_S
                     self._succeeded(outcomes)
         finally:
             self._finish()
-            store.close()
+            _close(store)
             self._call_loop(self._end)
 
     def _take(self) -> list[_Job]:
@@ -253,7 +259,8 @@ class Writer:
         if self._company_will_come():
             self._give_up.wait(_COMMIT_DELAY_S)
         with self._lock:
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _LARGEST_BATCH))]
+            size = 1 if self._alone else _LARGEST_BATCH
+            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), size))]
             self._in_hand = len(batch)
             self._count(batch, -1)
             return batch
@@ -306,11 +313,13 @@ class Writer:
                     outcomes.append((job.future, result, None))
         return outcomes
 
-    def _failed(self, batch: list[_Job], error: StoreError) -> None:
+    def _failed(self, batch: list[_Job], error: BaseException) -> None:
         if self.healthy:
             _log.warning("%s: %s; %d writes wait and are tried again", self.path, error, self.pending)
         self.healthy = False
-        self.last_error = str(error)
+        self.last_error = str(error) if isinstance(error, StoreError) else repr(error)
+        if not isinstance(error, (LightningError, sqlite3.Error)) and self._is_to_blame(batch, error):
+            return
         with self._lock:
             self._waiting.extendleft(reversed(batch))
             self._count(batch, 1)
@@ -319,16 +328,38 @@ class Writer:
         if dropped:
             self._call_loop(_resolve, [(job.future, None, self._lost()) for job in dropped])
 
+    def _is_to_blame(self, batch: list[_Job], error: BaseException) -> bool:
+        """After an error that is neither the database's nor a job's own to its caller.
+
+        The jobs are tried one by one, so that one which always brings it about is found, and given up.
+        """
+        if len(batch) > 1:
+            self._alone = len(batch)
+            return False
+        job = batch[0]
+        job.faults += 1
+        if job.faults < _MOST_FAULTS:
+            return False
+        _log.error("%s: a write is given up: %r", self.path, error, exc_info=error)
+        with self._lock:
+            self._in_hand = 0
+            self._give_up_span(job, f"a span could not be written: {error!r}")
+        self._alone = max(0, self._alone - 1)
+        given_up = StoreUnavailable(f"the write was given up: {error!r}")
+        self._call_loop(_resolve, [(job.future, None, given_up)])
+        return True
+
     def _succeeded(self, outcomes: list[_Outcome]) -> None:
         if not self.healthy:
             _log.warning("%s: can be written again; %d spans were dropped so far", self.path, self.dropped)
         self.healthy = True
         self._committed_at = time.monotonic()
+        self._alone = max(0, self._alone - 1)
         self._in_hand = 0
         self._call_loop(_resolve, outcomes)
 
     def _finish(self) -> None:
-        """Fail what is left: nothing, unless the database stayed unavailable or a job broke the thread."""
+        """Fail what is left: nothing, unless the database stayed unavailable."""
         with self._lock:
             self._closing = True
             left = list(self._waiting)
@@ -362,6 +393,21 @@ def _bytes_of(span: Span) -> int:
         for array in (generation.prompt_token_ids, generation.response_token_ids, generation.logprobs)
     )
     return len(span.request) + len(span.response or b"") + sum(len(a) * a.itemsize for a in arrays)
+
+
+def _is_broken(store: Store | None, error: BaseException) -> bool:
+    """Whether a connection is good for nothing more: what it writes inside a transaction that it
+    could not roll back would never be committed."""
+    return not isinstance(error, StoreUnavailable) or (store is not None and store.connection.in_transaction)
+
+
+def _close(store: Store | None) -> None:
+    """Close a store as well as that can be done."""
+    if store is not None:
+        try:
+            store.close()
+        except sqlite3.Error as error:
+            _log.warning("%s could not be closed: %r", store.path, error)
 
 
 def _run(job: _Job, store: Store) -> Any:

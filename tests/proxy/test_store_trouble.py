@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import resource
 import sqlite3
@@ -203,3 +204,19 @@ def test_spans_given_up_are_counted_and_their_rollouts_marked(
         for number in range(8):
             rollout = store.get_rollout(f"r{number}")
             assert (rollout.incomplete is None) == (rollout.rollout_id in kept)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_go_through_though_nothing_is_written_any_more(
+    engine: EngineThread, make_proxy: MakeProxy, stream: bool
+) -> None:
+    from lightning_proxy.proxy.app import PARTS
+
+    proxy = make_proxy(engine.base_url)
+    chat(proxy)
+    writer = proxy._runner.app[PARTS].writer
+    asyncio.run_coroutine_threadsafe(writer.close(), proxy._loop).result(10)
+    answer = chat(proxy, stream=stream)
+    assert answer.status == 200
+    assert answer.body.endswith(b"[DONE]\n\n" if stream else b"}")
+    assert metric(proxy.url, 'lightning_capture_faults_total{kind="span_lost"}') == 1
