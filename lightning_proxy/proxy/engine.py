@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 
-from lightning_proxy.errors import EngineRefused, EngineUnreachable
+from lightning_proxy.errors import EngineError, EngineRefused, EngineUnreachable
 
 from .question import NobodyThere, Question
 from .responses_probe import ResponsesProbe
@@ -43,6 +43,10 @@ class NoSuchRoute(EngineRefused):
 
 class _NotNow(EngineRefused):
     """A refusal that another moment, or another key, may take away."""
+
+
+class Faulty(_NotNow):
+    """An error of the engine's own: it may have done what it was asked all the same."""
 
 
 class _BadRequest(EngineRefused):
@@ -188,6 +192,15 @@ class Engine:
         with suppress(NoSuchRoute):
             await self._call("POST", f"{self._root}/resume", timeout=_RESUME)
 
+    async def generates(self, model: str) -> bool:
+        """Whether it makes a token, which one that is paused does not."""
+        request = {"model": model, "prompt": "1", "max_tokens": 1}
+        try:
+            await self._call("POST", f"{self._base}/completions", json=request, timeout=_QUICK)
+        except EngineError:
+            return False
+        return True
+
     async def reload_weights(self, path: Path) -> None:
         """Replace the weights by those in a directory. It must hold valid ones: vLLM dies of others."""
         request = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
@@ -243,7 +256,9 @@ class Engine:
 def _kind_of(status: int) -> type[EngineRefused]:
     if status in _NO_SUCH_ROUTE:
         return NoSuchRoute
-    if status in _PASSING or status >= 500:
+    if status >= 500:
+        return Faulty
+    if status in _PASSING:
         return _NotNow
     return _BadRequest if status == 400 else EngineRefused
 

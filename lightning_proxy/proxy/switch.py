@@ -26,7 +26,7 @@ from lightning_proxy.errors import (
 )
 from lightning_proxy.store import PolicyVersion, Store, VersionStatus, Writer
 
-from .engine import Engine, NeverReached
+from .engine import Engine, Faulty, NeverReached
 from .hold import Hold
 from .metrics import Metrics
 from .tasks import Tasks
@@ -287,14 +287,14 @@ class Switch:
         """The engine stands still for the length of a block, and goes on at its end, whatever happened.
 
         Also after a pause that failed: it may be in force though its answer was lost, unless the
-        engine never heard of it.
+        engine never heard of it or refused it.
         """
         try:
             await self._engine.pause()
-        except NeverReached:
-            raise
-        except (Exception, asyncio.CancelledError) as error:
-            await self._go_on(after=error)
+        except (EngineError, asyncio.CancelledError) as error:
+            refused = isinstance(error, EngineRefused) and not isinstance(error, Faulty)
+            if not (refused or isinstance(error, NeverReached)):
+                await self._go_on(after=error, surely_paused=False)
             raise
         try:
             yield
@@ -303,7 +303,7 @@ class Switch:
             raise
         await self._go_on()
 
-    async def _go_on(self, after: BaseException | None = None) -> None:
+    async def _go_on(self, after: BaseException | None = None, *, surely_paused: bool = True) -> None:
         """Return when the engine is paused no longer: until then nobody would get an answer from it."""
         if isinstance(after, asyncio.CancelledError):  # this process ends: one more try is all there is
             with suppress(EngineError, TimeoutError):
@@ -311,6 +311,8 @@ class Switch:
                     await self._engine.resume()
             return
         if (refusal := await self._resumed()) is None:
+            return
+        if not surely_paused and await self._engine.generates(self.policy):
             return
         log.error("the engine is paused and does not resume; it is asked until it does: %s", refusal)
         pause_s = _SHORTEST_PAUSE_S

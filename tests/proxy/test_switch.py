@@ -567,6 +567,20 @@ def test_a_pause_whose_answer_was_lost_is_taken_back(
     check_stamps(served, recorded(policy_proxy))
 
 
+@pytest.mark.parametrize("status", [401, 404, 500])
+def test_an_engine_that_refuses_to_pause_and_to_resume_goes_on_answering(
+    served: EngineThread, policy_proxy: ProxyThread, weights: list[Path], status: int
+) -> None:
+    for path in ("/pause", "/resume"):
+        served.script(Script(status=status), path=path, times=10)
+    with policy_proxy.store() as store:
+        stage(store, served, 1, weights[1])
+        assert promote(policy_proxy.url, 1).status == 502
+        assert statuses(store) == {0: "active", 1: "staged"}
+    assert send(policy_proxy.url, CHAT, HELLO, timeout=5).status == 200
+    check_stamps(served, recorded(policy_proxy))
+
+
 def test_calls_are_held_until_an_engine_that_does_not_resume_has_resumed(
     served: EngineThread, policy_proxy: ProxyThread, weights: list[Path]
 ) -> None:
