@@ -114,7 +114,7 @@ class Switch:
 
     def lost(self) -> None:
         """What the engine runs is not known: nothing is stamped with a version that may be wrong."""
-        self._lost, self._doubted = True, False
+        self._lost, self._doubted, self._gone = True, False, False
 
     def _runs(self, version: PolicyVersion | None) -> None:
         self._serving, self._lost, self._doubted, self._gone = version, False, False, False
