@@ -338,7 +338,12 @@ class FakeEngine:
         await connection.answer_json(200, {"paths": {path: {} for path in (*paths, *MODEL_CALLS)}})
 
     async def _tokenize(self, request: Request, connection: Connection) -> None:
-        await connection.answer_json(200, {"tokens": self.model.prompt_ids(request.json)})
+        try:
+            body = request.json
+        except ValueError as error:
+            await connection.answer_json(400, shapes.error(400, str(error)))
+            return
+        await connection.answer_json(200, {"tokens": self.model.prompt_ids(body)})
 
     async def _pause(self, request: Request, connection: Connection) -> None:
         self._pause_mode = parse_qs(request.target.partition("?")[2]).get("mode", ["abort"])[0]
