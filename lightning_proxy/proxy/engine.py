@@ -71,6 +71,8 @@ class Engine:
 
         ``headers``: the agent's, for an engine that answers to its key only.
         """
+        if self._is_vllm.answer is not None:
+            return self._is_vllm.answer
         key = _key_in(headers)
 
         async def ask() -> bool | None:
@@ -97,7 +99,7 @@ class Engine:
         vLLM tries its template on such a conversation when it starts, and where it fails makes them
         part of the first system message of a Messages request. ``/tokenize`` tells the same.
         """
-        if not isinstance(model, str):
+        if self._keeps_inline_system.answer is not None or not isinstance(model, str):
             return self._keeps_inline_system.answer
         key = _key_in(headers)
         turns = [{"role": role, "content": "t"} for role in ("system", "user", "system", "user")]
