@@ -334,7 +334,7 @@ async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
         announce(_greeting(parts))
         waiting = [parts.tasks.spawn("until told to stop", stop.wait())]
         waiting += [
-            parts.tasks.spawn(f"vLLM of {served.policy}", served.supervise(parts.writer))
+            parts.tasks.spawn(f"vLLM of {served.policy}", served.supervise())
             for served in parts.policies
             if served.process is not None
         ]

@@ -25,6 +25,7 @@ from .conversation import Json
 from .lineage import Lineage
 from .native_ids import from_native_ids
 from .roles import Roles
+from .threads import OneThread
 
 log = logging.getLogger(__name__)
 _REMEMBERED = 10_000
@@ -37,7 +38,7 @@ FindEnds = Callable[[Sequence[bytes], Sequence[str]], Sequence[ConversationEnd]]
 class Attributor:
     """Path, header, key, session, the agent's own ids, the conversation; else a rollout of its own.
 
-    ``look_up`` finds a key's owner in the store (blocking; called off the loop, once per key), and
+    ``look_up`` finds a key's owner in the store (blocking; in a thread of our own, once per key), and
     ``find_ends`` the calls in which conversations with these digests or response ids ended (likewise;
     where this process does not remember them).
     """
@@ -63,6 +64,7 @@ class Attributor:
         self._late: asyncio.Future[Sequence[ConversationEnd]] | None = (
             None  # a look-up that was not waited for
         )
+        self._lookups = OneThread("lookups")
         self._lineage = Lineage()
         self._owners: OrderedDict[str, KeyOwner] = OrderedDict()
         self._nowhere: OrderedDict[bytes, None] = OrderedDict()  # histories that the store does not have
@@ -119,7 +121,7 @@ class Attributor:
         """What the store has of a conversation; nothing while it is in trouble, or slower than we wait."""
         if self._late is not None and not self._late.done():
             return ()
-        asked = asyncio.get_running_loop().run_in_executor(None, self._find_ends, digests, references)
+        asked = self._lookups.run(self._find_ends, digests, references)
         asked.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, whatever it was
         await asyncio.wait((asked,), timeout=self._patience_s)
         if not asked.done():
@@ -159,7 +161,7 @@ class Attributor:
         """Who a key was issued for; ``None`` if nobody. Raises StoreError where that cannot be told."""
         owner = self._owners.get(key)
         if owner is None:
-            owner = await asyncio.to_thread(self._look_up, key)
+            owner = await self._lookups.run(self._look_up, key)
             if owner is not None:
                 self.remember(key, owner)
         return owner
