@@ -36,7 +36,6 @@ from lightning_proxy.store.records import (
     Reward,
     RunState,
     TrainingRun,
-    VersionStatus,
 )
 from lightning_proxy.store.rewards import Rewards
 from lightning_proxy.store.rollouts import encode
@@ -232,7 +231,8 @@ class Runs(Rewards, Policies):
 
         ``version=None``: it was consumed without an update. ``groups``: the group that a rollout was
         compared in, by its id, so that it finds its companions should it come again. Raises
-        ``UnknownTarget``, ``LeaseLost``, ``Conflict`` where the version's number is taken.
+        ``UnknownTarget``, ``LeaseLost``, ``Conflict`` where the version cannot follow what serves
+        (:meth:`stage_version`).
         """
         encoded = encode(report)
         with self.transaction():
@@ -248,7 +248,7 @@ class Runs(Rewards, Policies):
             if version is not None:
                 if version.policy != run.policy:
                     raise InvalidInput(f"run {run_id} trains {run.policy!r}, not {version.policy!r}")
-                self.insert_version(replace(version, status=VersionStatus.STAGED, run_id=run_id))
+                self.stage_version(replace(version, run_id=run_id))
 
     def fail_run(self, run_id: int, error: str, report: Mapping[str, Any] | None = None) -> None:
         """End a run without a result, which gives back what it drained.

@@ -25,9 +25,10 @@ def train_once(
 ) -> TrainReport:
     """Drain, train, publish: one pass over what was recorded since the last.
 
-    Raises ``LeaseHeld`` where another run of the policy is in progress, and ``TrainingError`` (or
-    whatever else went wrong) after giving back all that was drained. That there is nothing to train
-    on, or that the proxy did not take the version, is no error: the report says so.
+    Raises ``LeaseHeld`` where another run of the policy is in progress; after giving back all that was
+    drained, ``Conflict`` where another version took over meanwhile, and ``TrainingError`` (or whatever else
+    went wrong). That there is nothing to train on, or that the proxy did not take the version, is no error:
+    the report says so.
     """
     this = Pass(settings, store, progress)
     if dry_run:
@@ -37,8 +38,8 @@ def train_once(
     this.reward_automatically()
     try:
         this.expect_enough()
-        parent = this.starting_version()
         with Lease(store, this.policy, settings.train.lease_s) as lease, own_or(warm) as engine:
+            parent = this.starting_version()
             recorded = this.drain(lease)
             found = this.choose(recorded, parent)
             store.give_back(lease.run_id, found.for_later)

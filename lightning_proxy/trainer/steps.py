@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightning_proxy.config.settings import Settings
-from lightning_proxy.errors import NothingToTrain, PublishFailed, TrainingError
+from lightning_proxy.errors import Conflict, NothingToTrain, PublishFailed, TrainingError
 from lightning_proxy.store import (
     PolicyVersion,
     RecordedRollout,
@@ -83,6 +83,8 @@ class Pass:
         staged = self.store.staged_version(self.policy)
         if staged is None:
             return True
+        if self._expect_in_line(staged.version).status is VersionStatus.REJECTED:
+            return True
         self.progress(f"version {staged.version} was staged by an earlier run: promoting it first")
         if not Path(staged.path).is_dir():
             self.store.reject_version(self.policy, staged.version, f"its weights are gone from {staged.path}")
@@ -113,7 +115,15 @@ class Pass:
             raise NothingToTrain(self._too_few(waiting.rollouts_ready) + (f"; {why}" if why else ""))
 
     def starting_version(self) -> PolicyVersion:
-        """The version that serves, else the model of the settings as version 0."""
+        """The version that serves, else the model of the settings as version 0.
+
+        Read under the lease: whatever takes over later is noticed when the run is committed.
+        """
+        if (staged := self.store.staged_version(self.policy)) is not None:
+            raise Conflict(
+                f"version {staged.version} of {self.policy!r} was staged meanwhile, by another trainer: what "
+                "was made from its parent could not follow it. The next pass sees to it first"
+            )
         active = self.store.active_version(self.policy)
         if active is None:
             model = self.settings.policy.model
@@ -181,19 +191,26 @@ class Pass:
         return [look for look in looks if look is not None]
 
     def stop(self, lease: Lease, found: Chosen, collapse: Collapse) -> TrainReport:
-        """Consume what was drained without an update; go back to the best version where that is wanted."""
+        """Consume what was drained without an update; go back to the best version where that is wanted.
+
+        That first: until this run is committed, no other one begins with the version that is left.
+        """
         report = self.report(Outcome.GUARDED, f"nothing is trained: {collapse.message}")
-        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=found.keys)
         self.progress(report.message)
         best = collapse.best
-        if best is None or not self.settings.guard.roll_back or best == report.parent:
-            return report
+        if best is not None and self.settings.guard.roll_back and best != report.parent:
+            report = self.report(Outcome.GUARDED, f"{report.message}; {self._go_back_to(best)}")
+        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=found.keys)
+        return report
+
+    def _go_back_to(self, version: int) -> str:
+        """Have the proxy do it; what came of it, in words."""
         url, token = self.settings.train.proxy_url, self.settings.proxy.token
         try:
-            roll_back(url, self.policy, best, token=token, timeout_s=self._promote_timeout_s())
+            roll_back(url, self.policy, version, token=token, timeout_s=self._promote_timeout_s())
         except PublishFailed as error:
-            return self.report(Outcome.GUARDED, f"{report.message}; that failed: {error}")
-        return self.report(Outcome.GUARDED, f"{report.message}; version {best} serves again")
+            return f"that failed: {error}"
+        return f"version {version} serves again"
 
     def _promote_timeout_s(self) -> float:
         return self.settings.proxy.hold_timeout_s + _PROMOTE_MARGIN_S
@@ -277,9 +294,8 @@ class Pass:
             except PublishFailed as error:
                 failure = error
         # The store is the truth: an answer can be lost after the deed.
-        present = self.store.get_version(self.policy, version)
+        present = self._expect_in_line(version)
         if present.status is VersionStatus.REJECTED:
-            self._say(f"version {version} was rejected and what it was trained on given back: {present.note}")
             return Outcome.REJECTED
         if failure is not None and present.status is not VersionStatus.ACTIVE:
             self._say(f"version {version} is staged, the next `lightning-proxy train` promotes it: {failure}")
@@ -289,6 +305,13 @@ class Pass:
         keep = frozenset() if best is None else frozenset((best.version,))
         clear_away(settings.train, self.policy, self.store.list_versions(self.policy), keep=keep)
         return Outcome.TRAINED
+
+    def _expect_in_line(self, version: int) -> PolicyVersion:
+        """The version as it is now; one that would follow another than serves is rejected first."""
+        present = self.store.reject_if_out_of_line(self.policy, version)
+        if present.status is VersionStatus.REJECTED:
+            self._say(f"version {version} was rejected and what it was trained on given back: {present.note}")
+        return present
 
     def _count(self, trajectories: Sequence[Trajectory], **others: int) -> None:
         rows = {

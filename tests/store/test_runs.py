@@ -29,8 +29,8 @@ def ids(recorded: list[RecordedRollout]) -> list[str]:
     return [each.rollout.rollout_id for each in recorded]
 
 
-def version(number: int = 1, policy: str = POLICY) -> PolicyVersion:
-    return PolicyVersion(policy, number, f"/weights/{number}", VersionStatus.STAGED)
+def version(number: int = 1, policy: str = POLICY, parent: int | None = 0) -> PolicyVersion:
+    return PolicyVersion(policy, number, f"/weights/{number}", VersionStatus.STAGED, parent=parent)
 
 
 def test_a_run_begins_running_with_its_lease(store: Store) -> None:
@@ -205,7 +205,7 @@ def test_a_lease_that_ran_out_passes_everything_to_the_next_run(store: Store) ->
         store.commit_run(lost.run_id, report={}, version=version())
     store.fail_run(lost.run_id, "late")
     assert store.get_run(lost.run_id).error == "its lease ran out"
-    store.commit_run(run.run_id, report={}, version=version())
+    store.commit_run(run.run_id, report={}, version=version(parent=None))
 
 
 def test_a_renewed_lease_lasts(store: Store) -> None:
@@ -242,7 +242,7 @@ def test_runs_are_listed_newest_first(store: Store) -> None:
 
 _RACER = """
 import os, random, sys, time
-from lightning_proxy.errors import LeaseHeld, LeaseLost
+from lightning_proxy.errors import Conflict, LeaseHeld, LeaseLost
 from lightning_proxy.store import PolicyVersion, Store, VersionStatus
 
 path, seed = sys.argv[1], int(sys.argv[2])
@@ -272,13 +272,19 @@ with Store.open(path) as store:
                 store.give_back(run.run_id, drained[:1])
                 kept = drained[1:]
             with store.transaction():
-                number = store.next_version("policy")
-                made = PolicyVersion("policy", number, "/weights", VersionStatus.STAGED)
+                number, active = store.next_version("policy"), store.active_version("policy")
+                made = PolicyVersion("policy", number, "/weights", VersionStatus.STAGED,
+                                     parent=None if active is None else active.version)
                 store.commit_run(run.run_id, report={"trained": kept}, version=made)
         except LeaseLost:
             continue
+        except Conflict:  # another one waits to take over
+            store.fail_run(run.run_id, "overtaken")
+            continue
         if what == "reject":
             store.reject_version("policy", number, "on purpose")
+        else:
+            store.activate_version("policy", number)
 """
 
 
