@@ -185,7 +185,12 @@ class TrainSettings(CreditSettings):
         description="Largest difference between trainer's and engine's logprobs of the fixed prompt, "
         "above which a new version is rejected.",
     )
-    keep_versions: int = Field(default=3, ge=1, description="Checkpoints of retired versions kept on disk.")
+    keep_versions: int = Field(
+        default=3,
+        ge=1,
+        description="Checkpoints kept on disk of versions that served, the newest, beside the one that does. "
+        "Its parent and the guard's best stay as well; rejected ones go at once.",
+    )
     watch_interval_s: float = Field(
         default=30.0, gt=0, description="Pause between the passes of `train --watch`."
     )

@@ -42,8 +42,14 @@ class Lease:
     ) -> None:
         self._ended.set()
         self._heart.join()
-        if error is not None and self._store.get_run(self.run_id).state is RunState.RUNNING:
+        if error is None:
+            return
+        run = self._store.get_run(self.run_id)
+        if run.state is RunState.RUNNING:
             self._fail(error)
+        elif run.state is RunState.FAILED and isinstance(error, OSError):
+            # Whoever took its place has cleared its files away.
+            raise LeaseLost(f"run {self.run_id} is failed: {run.error}") from error
 
     def _fail(self, error: BaseException) -> None:
         try:

@@ -52,7 +52,7 @@ def train_once(
             lease.check()
             this.update(backend, rows, parent)
             lease.check()
-            version = this.export(backend, engine, rows, parent)
+            version = this.export(backend, engine, rows, parent, lease)
             report = this.report(Outcome.STAGED_ONLY).as_dict()
             store.commit_run(lease.run_id, report=report, version=version, groups=found.keys)
             engine.now_at(version.version)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightning_proxy.config.settings import Settings
-from lightning_proxy.errors import Conflict, NothingToTrain, PublishFailed, TrainingError
+from lightning_proxy.errors import Conflict, NothingToTrain, PublishFailed, TrainingError, UnknownTarget
 from lightning_proxy.store import (
     PolicyVersion,
     RecordedRollout,
@@ -28,7 +28,14 @@ from lightning_proxy.trainer.backend import Backend
 from lightning_proxy.trainer.batches import Rows, split_mini_batches
 from lightning_proxy.trainer.guard import Collapse, Look
 from lightning_proxy.trainer.lease import Lease
-from lightning_proxy.trainer.publish import clear_away, promote, roll_back, version_directory, write_version
+from lightning_proxy.trainer.publish import (
+    clear_away,
+    clear_leftovers,
+    promote,
+    roll_back,
+    version_directory,
+    write_version,
+)
 from lightning_proxy.trainer.report import Outcome, Progress, Stopwatch, TrainReport
 from lightning_proxy.trainer.trajectories import Trajectory
 from lightning_proxy.trainer.warm import WarmBackend
@@ -182,7 +189,17 @@ class Pass:
     def collapse(self, found: Chosen) -> Collapse | None:
         """What the drained rollouts say against an update, if anything (``guard``)."""
         looks, settings = self._looks(), self.settings.guard
-        return guard.collapse(found.look, looks, settings, mixed=found.mixed, equal=found.equal)
+        there = self._versions_there() if looks else frozenset[int]()
+        return guard.collapse(found.look, looks, settings, mixed=found.mixed, equal=found.equal, there=there)
+
+    def _versions_there(self) -> frozenset[int]:
+        """The versions that have served, or do, and whose weights are still on disk."""
+        served = (VersionStatus.ACTIVE, VersionStatus.RETIRED)
+        return frozenset(
+            each.version
+            for each in self.store.list_versions(self.policy)
+            if each.status in served and Path(each.path).is_dir()
+        )
 
     def _looks(self) -> list[Look]:
         """What earlier runs saw, oldest first; one that saw nothing new has no place among them."""
@@ -251,17 +268,19 @@ class Pass:
             self.progress(f"after the update: {self.algorithm.in_words(after)}")
 
     def export(
-        self, backend: Backend, engine: WarmBackend, rows: Rows, parent: PolicyVersion
+        self, backend: Backend, engine: WarmBackend, rows: Rows, parent: PolicyVersion, lease: Lease
     ) -> PolicyVersion:
         """Write and validate the new version, with the probe that the proxy verifies it by."""
         number = self.store.next_version(self.policy)
         assert engine.lineage is not None  # the engine is open
+        train, present = self.settings.train, self.store.list_versions(self.policy)
+        clear_leftovers(train, self.policy, present, self._has_ended)
         with self.clock.phase("export"):
             probe_rows = rows.first_tokens(_PROBE_TOKENS)
             logprobs = [float(value) for value in backend.logprobs(probe_rows)[1:]]
             guard.check_probe(logprobs)
             path = write_version(
-                version_directory(self.settings.train, self.policy, number),
+                version_directory(train, self.policy, number, lease.run_id),
                 backend,
                 base=Path(parent.path),
                 lineage=engine.lineage,
@@ -277,8 +296,16 @@ class Pass:
             probe={"prompt_token_ids": probe_rows.tokens.tolist(), "logprobs": logprobs},
         )
 
+    def _has_ended(self, run_id: int) -> bool:
+        """False for a run that this database does not know: it is of another one, which may need it."""
+        try:
+            run = self.store.get_run(run_id)
+        except UnknownTarget:
+            return False
+        return run.policy == self.policy and run.state is not RunState.RUNNING
+
     def promote(self, version: int) -> Outcome:
-        """Have the proxy take the version over, and clear old ones away once it has."""
+        """Have the proxy take the version over; clear away what is not needed once it has, or has not."""
         settings = self.settings
         failure: PublishFailed | None = None
         with self.clock.phase("promote"):
@@ -301,16 +328,21 @@ class Pass:
             self._say(f"version {version} is staged, the next `lightning-proxy train` promotes it: {failure}")
             return Outcome.STAGED_ONLY
         self._say(f"version {version} serves")
-        best = guard.best_of(self._looks())
-        keep = frozenset() if best is None else frozenset((best.version,))
-        clear_away(settings.train, self.policy, self.store.list_versions(self.policy), keep=keep)
+        self._clear_away()
         return Outcome.TRAINED
+
+    def _clear_away(self) -> None:
+        there = self._versions_there()
+        best = guard.best_of([look for look in self._looks() if look.version in there])
+        keep = frozenset() if best is None else frozenset((best.version,))
+        clear_away(self.settings.train, self.policy, self.store.list_versions(self.policy), keep=keep)
 
     def _expect_in_line(self, version: int) -> PolicyVersion:
         """The version as it is now; one that would follow another than serves is rejected first."""
         present = self.store.reject_if_out_of_line(self.policy, version)
         if present.status is VersionStatus.REJECTED:
             self._say(f"version {version} was rejected and what it was trained on given back: {present.note}")
+            self._clear_away()
         return present
 
     def _count(self, trajectories: Sequence[Trajectory], **others: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_proxy.config import Settings
-from lightning_proxy.errors import Conflict
+from lightning_proxy.errors import Conflict, LeaseLost
 from lightning_proxy.store import RunState, Store
 from lightning_proxy.trainer import guard, steps
 from lightning_proxy.trainer.guard import Collapse
@@ -156,3 +156,57 @@ def test_the_guard_goes_back_before_another_trainer_may_begin(
     assert committed.state is RunState.COMMITTED
     assert committed.report["message"] == report.message
     assert report.message.endswith("; version 0 serves again")
+
+
+def on_disk(settings: Settings) -> list[str]:
+    return sorted(path.name for path in (settings.train.runs_dir / POLICY).iterdir())
+
+
+@pytest.mark.parametrize(("owner", "name"), [(steps, "write_version"), (paper.PaperUpdates, "save_state")])
+def test_a_trainer_that_slept_through_its_lease_writes_into_no_version_of_another(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    record_group(store, "task", [0.0, 1.0])
+
+    def sleep() -> None:
+        with store.transaction():
+            store.connection.execute("UPDATE training_runs SET lease_expires_at = 1 WHERE state = 'running'")
+        with Store.open(store.path) as others:
+            assert run(others, settings)[0].version == 1
+            weights = Path(others.get_version(POLICY, 1).path)
+        (weights / "of-the-other").write_text("")
+
+    once(monkeypatch, owner, name, sleep)
+    with pytest.raises(LeaseLost, match="its lease ran out"):
+        run(store, settings)
+    active = store.active_version(POLICY)
+    assert active is not None
+    assert (Path(active.path) / "of-the-other").is_file()
+    record_group(store, "more", [0.0, 1.0], version=1)
+    assert run(store, settings)[0].version == 2
+    assert on_disk(settings) == ["v00001-run2", "v00002-run3"]
+
+
+def test_what_a_refused_commit_leaves_on_disk_is_gone_with_the_next_version(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_version(store, settings)
+    once(monkeypatch, steps.Pass, "export", lambda: store.activate_version(POLICY, 0))
+    with pytest.raises(Conflict):
+        run(store, settings)
+    assert on_disk(settings) == ["v00001-run1", "v00002-run2"]
+    run(store, settings)
+    assert on_disk(settings) == ["v00001-run1", "v00002-run3"]
+
+
+def test_a_rejected_version_is_removed_at_once_and_those_that_served_stay(
+    store: Store, proxy: FakeProxy, settings: Settings
+) -> None:
+    for version in range(3):
+        record_group(store, f"task-{version}", [0.0, 1.0], version=version)
+        run(store, settings)
+    proxy.mode = "rejects"
+    for attempt in range(4):
+        record_group(store, f"later-{attempt}", [0.0, 1.0], version=3)
+        assert run(store, settings)[0].outcome is Outcome.REJECTED
+    assert on_disk(settings) == ["v00001-run1", "v00002-run2", "v00003-run3"]
