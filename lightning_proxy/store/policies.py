@@ -103,8 +103,21 @@ class Policies(Connection):
         with self.transaction():
             present = self.get_version(policy, version)
             if present.status is VersionStatus.STAGED and (why := self._out_of_line(present)) is not None:
-                self.reject_version(policy, version, why)
+                self.withdraw_version(policy, version, why)
             return self.get_version(policy, version)
+
+    def withdraw_version(self, policy: str, version: int, note: str) -> None:
+        """Reject a version for nothing that lies in itself: another like it may be made of the same.
+
+        So its run forgets the name of its work, by which repetitions are known. Raises as
+        :meth:`reject_version`.
+        """
+        with self.transaction():
+            self.reject_version(policy, version, note)
+            self.connection.execute(
+                "UPDATE training_runs SET report = json_remove(report, '$.work') WHERE run_id = ?",
+                (self.get_version(policy, version).run_id,),
+            )
 
     def reject_version(self, policy: str, version: int, note: str) -> None:
         """Refuse a version that has not served, and give back all that its training run drained.

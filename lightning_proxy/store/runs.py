@@ -15,6 +15,7 @@ So a run that takes the return leaves the demonstrations of the rollout for one 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sqlite3
 import time
@@ -113,6 +114,9 @@ ORDER BY run_id DESC LIMIT ?"""
 _CALLS = """
 SELECT span_id, role FROM spans
 WHERE rollout_id = ? AND attempt = ? AND policy = ? AND error_class IS NULL ORDER BY started_at, span_id"""
+_LAST_ENTRIES = """
+SELECT (SELECT max(reward_id) FROM rewards WHERE rollout_id = ?1),
+  (SELECT max(span_id) FROM spans WHERE rollout_id = ?1 AND attempt = ?2)"""
 _SPANS_OF = """
 SELECT count(*) FROM json_each(?) AS ready JOIN spans AS s
 ON s.rollout_id = ready.value ->> 0 AND s.attempt = ready.value ->> 1 AND s.policy = ?"""
@@ -191,6 +195,19 @@ class Runs(Rewards, Policies):
         """What :meth:`drain` would give, left where it is."""
         ready = list(islice(self._ready(policy, demonstrated), limit))
         return [self._recorded(policy, one) for one in ready]
+
+    def name_of_ready(self, policy: str, limit: int, *, demonstrated: bool = False) -> str:
+        """A name for what :meth:`drain` would give; another one as soon as anything of that changes."""
+        ready = [
+            (
+                one.rollout_id,
+                one.attempt,
+                one.for_return,
+                *self.rows(_LAST_ENTRIES, (one.rollout_id, one.attempt))[0],
+            )
+            for one in islice(self._ready(policy, demonstrated), limit)
+        ]
+        return hashlib.sha256(orjson.dumps(ready)).hexdigest()
 
     def give_back(self, run_id: int, rollout_ids: Iterable[str]) -> None:
         """Leave the returns of these rollouts to a later run. Raises ``UnknownTarget``, ``LeaseLost``.

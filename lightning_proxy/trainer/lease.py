@@ -8,7 +8,7 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from lightning_proxy.errors import LeaseLost, StoreError, StoreUnavailable
+from lightning_proxy.errors import CheckpointInvalid, LeaseLost, StoreError, StoreUnavailable
 from lightning_proxy.store import RunState, Store
 
 
@@ -24,6 +24,7 @@ class Lease:
         self._lease_s = lease_s
         self._ended = threading.Event()
         self._lost: LeaseLost | None = None
+        self.work: str | None = None  # the name of what is done, for a run that fails by what came of it
         owner = f"{socket.gethostname()}:{os.getpid()}"
         self.run_id = store.begin_run(policy, owner=owner, lease_s=lease_s).run_id
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -52,8 +53,9 @@ class Lease:
             raise LeaseLost(f"run {self.run_id} is failed: {run.error}") from error
 
     def _fail(self, error: BaseException) -> None:
+        report = {"work": self.work} if isinstance(error, CheckpointInvalid) else {}
         try:
-            self._store.fail_run(self.run_id, f"{type(error).__name__}: {error}")
+            self._store.fail_run(self.run_id, f"{type(error).__name__}: {error}", report)
         except StoreError as second:
             error.add_note(f"run {self.run_id} could not be failed ({second}); its lease will run out")
 

@@ -54,6 +54,7 @@ class TrainReport:
     algorithm: str = "rl"
     parent: int | None = None
     run_id: int | None = None
+    work: str | None = None  # names the weights it began with, what it drained and its settings
     resumed_version: int | None = None  # staged by an earlier pass, promoted by this one
     counts: Mapping[str, int] = field(default_factory=dict)
     groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -21,6 +21,7 @@ def train_once(
     store: Store,
     progress: Progress,
     dry_run: bool = False,
+    retry: bool = False,
     warm: WarmBackend | None = None,
 ) -> TrainReport:
     """Drain, train, publish: one pass over what was recorded since the last.
@@ -28,7 +29,8 @@ def train_once(
     Raises ``LeaseHeld`` where another run of the policy is in progress; after giving back all that was
     drained, ``Conflict`` where another version took over meanwhile, and ``TrainingError`` (or whatever else
     went wrong). That there is nothing to train on, or that the proxy did not take the version, is no error:
-    the report says so.
+    the report says so. Nor is that what was made of the same before was refused; it is not made again,
+    unless ``retry``.
     """
     this = Pass(settings, store, progress)
     if dry_run:
@@ -38,6 +40,8 @@ def train_once(
     this.reward_automatically()
     try:
         this.expect_enough()
+        if not retry:
+            this.expect_something_new()
         with Lease(store, this.policy, settings.train.lease_s) as lease, own_or(warm) as engine:
             parent = this.starting_version()
             recorded = this.drain(lease)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from lightning_proxy.trainer.trajectories import Trajectory
 from lightning_proxy.trainer.warm import WarmBackend
 
 _PROBE_TOKENS = 64
+# The settings that what comes of a pass depends on, beside those by which calls are recorded.
+_DECISIVE = {"policy", "engine", "train", "guard", "failures", "automatic_rewards", "rewards"}
 _PROMOTE_MARGIN_S = 60.0  # beyond the time that the proxy holds calls for
 
 
@@ -77,7 +80,7 @@ class Pass:
         enough = (
             "" if len(recorded) >= self.settings.train.min_rollouts else f"; {self._too_few(len(recorded))}"
         )
-        why = advice(self._report, unrewarded=waiting.rollouts_unrewarded)
+        why = self._repetition() or advice(self._report, unrewarded=waiting.rollouts_unrewarded)
         return self.report(
             Outcome.DRY_RUN,
             f"{waiting.rollouts_ready} {self._ready} rollouts wait, {waiting.rollouts_unrewarded} have no "
@@ -94,7 +97,9 @@ class Pass:
             return True
         self.progress(f"version {staged.version} was staged by an earlier run: promoting it first")
         if not Path(staged.path).is_dir():
-            self.store.reject_version(self.policy, staged.version, f"its weights are gone from {staged.path}")
+            self.store.withdraw_version(
+                self.policy, staged.version, f"its weights are gone from {staged.path}"
+            )
             return True
         outcome = self.promote(staged.version)
         self._update(resumed_version=staged.version)
@@ -120,6 +125,32 @@ class Pass:
             none = not waiting.rollouts_ready
             why = advice(self._report, unrewarded=waiting.rollouts_unrewarded) if none else None
             raise NothingToTrain(self._too_few(waiting.rollouts_ready) + (f"; {why}" if why else ""))
+
+    def expect_something_new(self) -> None:
+        """Raise ``NothingToTrain`` where this pass would only repeat a run whose result was refused."""
+        if (why := self._repetition()) is not None:
+            raise NothingToTrain(why)
+
+    def _repetition(self) -> str | None:
+        """Which refused run a pass would repeat, and what changes that; ``None`` where it would not."""
+        for newest in self.store.list_runs(self.policy, limit=1):
+            if newest.state is RunState.FAILED and newest.report.get("work") == self._name_of_work():
+                return (
+                    f"nothing is new since run {newest.run_id}, and another would come to the same: "
+                    f"{newest.error}. It waits for more rewards or other settings; `lightning-proxy train "
+                    "--retry` repeats it all the same"
+                )
+        return None
+
+    def _name_of_work(self) -> str:
+        """A name for what a pass would do now: the same weights, rollouts and settings come to the same."""
+        train, active = self.settings.train, self.store.active_version(self.policy)
+        ready = self.store.name_of_ready(
+            self.policy, train.max_rollouts, demonstrated=train.learns_from_demonstrations
+        )
+        settings = self.settings.model_dump_json(include=_DECISIVE)
+        work = f"{active.version if active else 0} {ready} {settings}"
+        return hashlib.sha256(work.encode()).hexdigest()
 
     def starting_version(self) -> PolicyVersion:
         """The version that serves, else the model of the settings as version 0.
@@ -147,13 +178,14 @@ class Pass:
 
     def drain(self, lease: Lease) -> list[RecordedRollout]:
         """Take what waits; ``NothingToTrain``, which gives it back, where that is too little."""
+        lease.work = self._name_of_work()
         with self.clock.phase("drain"):
             recorded = self.store.drain(
                 lease.run_id,
                 limit=self.settings.train.max_rollouts,
                 demonstrated=self.settings.train.learns_from_demonstrations,
             )
-        self._update(run_id=lease.run_id)
+        self._update(run_id=lease.run_id, work=lease.work)
         if len(recorded) < self.settings.train.min_rollouts:
             raise NothingToTrain(self._too_few(len(recorded)))
         self.progress(f"drained {len(recorded)} {self._ready} rollouts")
