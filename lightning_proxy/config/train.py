@@ -183,8 +183,8 @@ class TrainSettings(CreditSettings):
         default=0.05,
         gt=0,
         description="Largest difference between trainer's and engine's logprobs of the fixed prompt, "
-        "above which a new version is rejected. Made for float32; where engine and update compute in bfloat16, "
-        "by different kernels, docs/full-size.md takes 0.3.",
+        "above which a new version is rejected. Made for float32; where engine and update compute in "
+        "bfloat16, by different kernels, docs/full-size.md takes 0.3.",
     )
     keep_versions: int = Field(
         default=3,

@@ -100,6 +100,9 @@ class Policies(Connection):
 
         Raises ``UnknownTarget``.
         """
+        present = self.get_version(policy, version)
+        if present.status is not VersionStatus.STAGED or self._out_of_line(present) is None:
+            return present  # nothing is written, so a locked database is none in the way
         with self.transaction():
             present = self.get_version(policy, version)
             if present.status is VersionStatus.STAGED and (why := self._out_of_line(present)) is not None:

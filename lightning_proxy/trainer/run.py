@@ -58,7 +58,7 @@ def train_once(
             lease.check()
             version = this.export(backend, engine, rows, parent, lease)
             report = this.report(Outcome.STAGED_ONLY).as_dict()
-            store.commit_run(lease.run_id, report=report, version=version, groups=found.keys)
+            lease.commit(report=report, version=version, groups=found.keys)
             engine.now_at(version.version)
     except NothingToTrain as nothing:
         return this.report(Outcome.NOTHING, str(nothing))

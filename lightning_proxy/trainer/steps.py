@@ -215,7 +215,7 @@ class Pass:
         why = advice(self._report)
         message = f"nothing to train on: {self._left_out_in_words()}" + (f"; {why}" if why else "")
         report = self.report(Outcome.NOTHING, message)
-        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=found.keys)
+        lease.commit(report=report.as_dict(), version=None, groups=found.keys)
         return report
 
     def collapse(self, found: Chosen) -> Collapse | None:
@@ -249,7 +249,7 @@ class Pass:
         best = collapse.best
         if best is not None and self.settings.guard.roll_back and best != report.parent:
             report = self.report(Outcome.GUARDED, f"{report.message}; {self._go_back_to(best)}")
-        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=found.keys)
+        lease.commit(report=report.as_dict(), version=None, groups=found.keys)
         return report
 
     def _go_back_to(self, version: int) -> str:
