@@ -23,7 +23,7 @@ from lightning_proxy.cli.common import (
     print_json,
     settings_from,
 )
-from lightning_proxy.errors import InvalidInput, LightningError, StoreError, TrainingError
+from lightning_proxy.errors import InvalidInput, LightningError
 
 if TYPE_CHECKING:
     from lightning_proxy.config import Settings
@@ -178,7 +178,7 @@ def _watch(chosen: Sequence[Settings], as_json: bool) -> NoReturn:
             for name, trainer in trainers.items():
                 try:
                     report = trainer.train_once()
-                except (StoreError, TrainingError) as error:
+                except (LightningError, OSError) as error:
                     typer.echo(f"lightning-proxy: {f'{name}: ' if several else ''}{error}", err=True)
                 else:
                     idle = report.outcome is Outcome.NOTHING and report.run_id is None

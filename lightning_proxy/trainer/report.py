@@ -21,7 +21,7 @@ class Progress(Protocol):
 class Outcome(StrEnum):
     """How a pass ended."""
 
-    TRAINED = "trained"  # a new version serves
+    TRAINED = "trained"  # a new version serves, made by this pass or staged by an earlier one
     NOTHING = "nothing"  # nothing to train on; no version was made
     STAGED_ONLY = "staged_only"  # a version waits for the proxy; the next pass promotes it first
     REJECTED = "rejected"  # the engine did not take the version; what was drained is given back

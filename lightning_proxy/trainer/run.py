@@ -61,7 +61,7 @@ def train_once(
             lease.commit(report=report, version=version, groups=found.keys)
             engine.now_at(version.version)
     except NothingToTrain as nothing:
-        return this.report(Outcome.NOTHING, str(nothing))
+        return this.nothing(str(nothing))
     return this.report(this.promote(version.version))
 
 

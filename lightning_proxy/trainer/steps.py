@@ -68,6 +68,13 @@ class Pass:
         )
         return self._report
 
+    def nothing(self, why: str) -> TrainReport:
+        """Nothing to train on. Where what an earlier pass staged has taken over, that is the update."""
+        if (resumed := self._report.resumed_version) is None:
+            return self.report(Outcome.NOTHING, why)
+        message = f"version {resumed}, which an earlier pass staged, serves; {why}"
+        return self.report(Outcome.TRAINED, message)
+
     def preview(self) -> TrainReport:
         """What a pass would train on; nothing is taken, and verl is not loaded."""
         demonstrated = self.settings.train.learns_from_demonstrations
@@ -102,7 +109,8 @@ class Pass:
             )
             return True
         outcome = self.promote(staged.version)
-        self._update(resumed_version=staged.version)
+        if outcome is Outcome.TRAINED:
+            self._update(resumed_version=staged.version)
         return outcome is not Outcome.STAGED_ONLY
 
     def reward_automatically(self) -> None:
@@ -216,7 +224,7 @@ class Pass:
         message = f"nothing to train on: {self._left_out_in_words()}" + (f"; {why}" if why else "")
         report = self.report(Outcome.NOTHING, message)
         lease.commit(report=report.as_dict(), version=None, groups=found.keys)
-        return report
+        return self.nothing(message)
 
     def collapse(self, found: Chosen) -> Collapse | None:
         """What the drained rollouts say against an update, if anything (``guard``)."""

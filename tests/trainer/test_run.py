@@ -221,7 +221,7 @@ def test_a_crash_between_commit_and_promotion_is_made_up_for_by_the_next_run(
     assert store.list_runs(POLICY)[0].state is RunState.COMMITTED
     assert store.backlog(POLICY).rollouts_ready == 0
     report = run(how, store)
-    assert (report.outcome, report.resumed_version) == (Outcome.NOTHING, 1)
+    assert (report.outcome, report.resumed_version) == (Outcome.TRAINED, 1)
     active = store.active_version(POLICY)
     assert active is not None
     assert active.version == 1
