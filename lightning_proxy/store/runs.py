@@ -114,6 +114,7 @@ ORDER BY run_id DESC LIMIT ?"""
 _CALLS = """
 SELECT span_id, role FROM spans
 WHERE rollout_id = ? AND attempt = ? AND policy = ? AND error_class IS NULL ORDER BY started_at, span_id"""
+_LAST_COMMITTED = "SELECT max(run_id) FROM training_runs WHERE policy = ? AND state = 'committed'"
 _LAST_ENTRIES = """
 SELECT (SELECT max(reward_id) FROM rewards WHERE rollout_id = ?1),
   (SELECT max(span_id) FROM spans WHERE rollout_id = ?1 AND attempt = ?2)"""
@@ -197,7 +198,9 @@ class Runs(Rewards, Policies):
         return [self._recorded(policy, one) for one in ready]
 
     def name_of_ready(self, policy: str, limit: int, *, demonstrated: bool = False) -> str:
-        """A name for what :meth:`drain` would give; another one as soon as anything of that changes."""
+        """A name for what :meth:`drain` would give and what the policy's runs have consumed before: another
+        one as soon as anything of that changes.
+        """
         ready = [
             (
                 one.rollout_id,
@@ -207,7 +210,8 @@ class Runs(Rewards, Policies):
             )
             for one in islice(self._ready(policy, demonstrated), limit)
         ]
-        return hashlib.sha256(orjson.dumps(ready)).hexdigest()
+        consumed = self.scalar(_LAST_COMMITTED, (policy,))
+        return hashlib.sha256(orjson.dumps((consumed, ready))).hexdigest()
 
     def give_back(self, run_id: int, rollout_ids: Iterable[str]) -> None:
         """Leave the returns of these rollouts to a later run. Raises ``UnknownTarget``, ``LeaseLost``.
@@ -266,6 +270,18 @@ class Runs(Rewards, Policies):
                 if version.policy != run.policy:
                     raise InvalidInput(f"run {run_id} trains {run.policy!r}, not {version.policy!r}")
                 self.stage_version(replace(version, run_id=run_id))
+
+    def drop_run(self, run_id: int) -> bool:
+        """Forget a run that has given back all that it drained; False, and nothing done, where it has not.
+
+        Raises ``UnknownTarget``, ``LeaseLost``.
+        """
+        with self.transaction():
+            self._leased(run_id)
+            if self.rows("SELECT 1 FROM consumptions WHERE run_id = ? LIMIT 1", (run_id,)):
+                return False
+            self.connection.execute("DELETE FROM training_runs WHERE run_id = ?", (run_id,))
+            return True
 
     def fail_run(self, run_id: int, error: str, report: Mapping[str, Any] | None = None) -> None:
         """End a run without a result, which gives back what it drained.

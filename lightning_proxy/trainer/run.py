@@ -22,6 +22,7 @@ def train_once(
     progress: Progress,
     dry_run: bool = False,
     retry: bool = False,
+    before: TrainReport | None = None,
     warm: WarmBackend | None = None,
 ) -> TrainReport:
     """Drain, train, publish: one pass over what was recorded since the last.
@@ -30,7 +31,7 @@ def train_once(
     drained, ``Conflict`` where another version took over meanwhile, and ``TrainingError`` (or whatever else
     went wrong). That there is nothing to train on, or that the proxy did not take the version, is no error:
     the report says so. Nor is that what was made of the same before was refused; it is not made again,
-    unless ``retry``.
+    unless ``retry``. ``before``: the last report, if this process has made one with the same settings.
     """
     this = Pass(settings, store, progress)
     if dry_run:
@@ -41,7 +42,7 @@ def train_once(
     try:
         this.expect_enough()
         if not retry:
-            this.expect_something_new()
+            this.expect_something_new(before)
         with Lease(store, this.policy, settings.train.lease_s) as lease, own_or(warm) as engine:
             parent = this.starting_version()
             recorded = this.drain(lease)
@@ -76,12 +77,20 @@ class Trainer:
         self._store = store
         self._progress = progress
         self._warm = warm or WarmBackend()
+        self._last: TrainReport | None = None
 
     def train_once(self, *, dry_run: bool = False) -> TrainReport:
         """As the function of that name."""
-        return train_once(
-            self._settings, store=self._store, progress=self._progress, dry_run=dry_run, warm=self._warm
+        report = train_once(
+            self._settings,
+            store=self._store,
+            progress=self._progress,
+            dry_run=dry_run,
+            before=self._last,
+            warm=self._warm,
         )
+        self._last = None if dry_run else report
+        return report
 
     def preload(self) -> None:
         """Load now what the first pass would load. A wrong estimator is refused before there is work."""

@@ -134,10 +134,17 @@ class Pass:
             why = advice(self._report, unrewarded=waiting.rollouts_unrewarded) if none else None
             raise NothingToTrain(self._too_few(waiting.rollouts_ready) + (f"; {why}" if why else ""))
 
-    def expect_something_new(self) -> None:
-        """Raise ``NothingToTrain`` where this pass would only repeat a run whose result was refused."""
+    def expect_something_new(self, before: TrainReport | None) -> None:
+        """Raise ``NothingToTrain`` where this pass would only repeat a run whose result was refused; or the
+        pass ``before``, which gave all back that it drained.
+        """
         if (why := self._repetition()) is not None:
             raise NothingToTrain(why)
+        if before is None or before.outcome is not Outcome.NOTHING or before.run_id is not None:
+            return
+        if before.work is not None and before.work == self._name_of_work():
+            self._update(work=before.work)
+            raise NothingToTrain(before.message)
 
     def _repetition(self) -> str | None:
         """Which refused run a pass would repeat, and what changes that; ``None`` where it would not."""
@@ -219,11 +226,14 @@ class Pass:
         return batch
 
     def commit_nothing(self, lease: Lease, found: Chosen) -> TrainReport:
-        """Consume what can never be trained on."""
+        """Consume what can never be trained on. Where nothing is left to consume, there was no run."""
         why = advice(self._report)
         message = f"nothing to train on: {self._left_out_in_words()}" + (f"; {why}" if why else "")
         report = self.report(Outcome.NOTHING, message)
-        lease.commit(report=report.as_dict(), version=None, groups=found.keys)
+        if self.store.drop_run(lease.run_id):
+            self._update(run_id=None)  # all of it waits for company: there was no run worth telling of
+        else:
+            lease.commit(report=report.as_dict(), version=None, groups=found.keys)
         return self.nothing(message)
 
     def collapse(self, found: Chosen) -> Collapse | None:

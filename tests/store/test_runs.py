@@ -190,6 +190,42 @@ def test_what_is_given_back_is_for_a_later_run(store: Store) -> None:
     assert ids(store.drain(begin(store).run_id, limit=10)) == ["r0", "r2"]
 
 
+def test_a_run_that_gave_all_back_can_be_forgotten_and_no_other(store: Store) -> None:
+    for index in range(2):
+        add_ready_rollout(store, f"r{index}")
+    run = begin(store)
+    store.drain(run.run_id, limit=10)
+    store.give_back(run.run_id, ["r0"])
+    assert not store.drop_run(run.run_id)
+    assert store.get_run(run.run_id) == run
+    store.give_back(run.run_id, ["r1"])
+    assert store.drop_run(run.run_id)
+    assert store.list_runs(POLICY) == []
+    assert begin(store).run_id > run.run_id, "its number is not given away again"
+    with pytest.raises(UnknownTarget):
+        store.drop_run(run.run_id)
+
+
+def test_what_waits_has_another_name_as_soon_as_any_of_it_changes(store: Store) -> None:
+    names = [store.name_of_ready(POLICY, 10)]
+    add_ready_rollout(store, "r0")
+    names.append(store.name_of_ready(POLICY, 10))
+    store.add_reward(value=0.5, rollout_id="r0")
+    names.append(store.name_of_ready(POLICY, 10))
+    store.add_span(make_span(rollout_id="r0", response_id="another"))
+    names.append(store.name_of_ready(POLICY, 10))
+    assert len(set(names)) == 4
+    store.add_span(make_span(rollout_id="unrewarded", response_id="a third"))
+    assert store.name_of_ready(POLICY, 10) == names[-1]
+    run = begin(store)
+    assert store.name_of_ready(POLICY, 10) == names[-1]
+    store.drain(run.run_id, limit=10)
+    store.fail_run(run.run_id, "back again")
+    assert store.name_of_ready(POLICY, 10) == names[-1]
+    store.commit_run(begin(store).run_id, report={}, version=None)
+    assert store.name_of_ready(POLICY, 10) != names[-1], "what it is compared with may be another"
+
+
 def test_a_lease_that_ran_out_passes_everything_to_the_next_run(store: Store) -> None:
     add_ready_rollout(store, "r1")
     lost = begin(store)

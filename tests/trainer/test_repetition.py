@@ -12,7 +12,7 @@ from lightning_proxy.config import Settings
 from lightning_proxy.errors import CheckpointInvalid
 from lightning_proxy.store import RunState, Store
 from lightning_proxy.trainer.report import Outcome, TrainReport
-from lightning_proxy.trainer.run import train_once
+from lightning_proxy.trainer.run import Trainer, train_once
 from tests.trainer import paper
 from tests.trainer.checkpoints import write_checkpoint
 from tests.trainer.fake_proxy import FakeProxy
@@ -161,3 +161,26 @@ def test_so_is_one_that_was_overtaken_once_its_parent_serves_again(
     proxy.mode = "promotes"
     report = run(store, settings())
     assert (report.parent, report.version) == (1, 3)
+
+
+def test_groups_that_wait_for_company_leave_no_run_behind(store: Store, settings: MakeSettings) -> None:
+    """As often as it is looked: by cron, or by one process, which looks once only."""
+    record_group(store, "alone", [1.0])
+    for _ in range(3):
+        report = run(store, settings())
+        assert (report.outcome, report.run_id, report.counts["given_back"]) == (Outcome.NOTHING, None, 1)
+    lines: list[str] = []
+
+    def note(line: str, done: float | None = None) -> None:
+        lines.append(line)
+
+    with Trainer(settings(), store=store, progress=note) as trainer:
+        assert {trainer.train_once().message for _ in range(3)} == {report.message}
+        assert lines == ["drained 1 rewarded rollouts"]
+        assert store.list_runs(POLICY) == []
+        record_group(store, "another", [1.0])
+        assert trainer.train_once().counts["given_back"] == 2
+        record_group(store, "whole", [0.0, 1.0])
+        assert trainer.train_once().outcome is Outcome.TRAINED
+        assert trainer.train_once().counts["given_back"] == 2
+    assert [each.state for each in store.list_runs(POLICY)] == [RunState.COMMITTED]
