@@ -115,9 +115,9 @@ class Switch:
     async def promote(self, version: int) -> Promotion:
         """Let a version of this switch's policy take over.
 
-        Raises UnknownTarget, Conflict (one that must not: ``Store.activate_version``), EngineError (the
-        engine is as before), or
-        PublishFailed (its logprobs were wrong: it is rejected and the former version is back).
+        Raises UnknownTarget, Conflict (one that must not serve: ``Store.activate_version``), EngineError
+        (the engine is as before), or PublishFailed (its logprobs were wrong: it is rejected and the former
+        version is back).
         """
         # Whoever asked may hang up: a change that has begun is brought to its end all the same.
         change = self._tasks.spawn(f"promotion of version {version} of {self.policy}", self._outcome(version))

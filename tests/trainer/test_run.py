@@ -80,7 +80,7 @@ def test_one_pass_drains_trains_publishes_and_says_what_it_did(
     record(store, sampler_logprobs)
     store.mark_incomplete("one-0-0", "the disk was full")
     record_rollout(store, "unrewarded", [([1], [2])], None)
-    report = run(settings(store, proxy, tiny_model, epochs=2), store)
+    report = run(settings(store, proxy, tiny_model, epochs=2, learning_rate=3e-4), store)
     assert report.outcome is Outcome.TRAINED
     assert (report.version, report.parent) == (1, 0)
     assert report.counts == {
