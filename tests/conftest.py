@@ -18,12 +18,22 @@ from typing import Any, Protocol
 
 import pytest
 from aiohttp import web
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 from lightning_proxy.config import Settings
 from lightning_proxy.store import Store
 from tests.engine import EngineThread, FakeEngine
 
 _FOREIGN = re.compile(r"(OPENAI|ANTHROPIC|LIGHTNING|VLLM|HF)_|((HTTPS?|ALL|NO)_PROXY)$", re.IGNORECASE)
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+hypothesis_settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("busy")
+
+# Tests read the database as soon as they have an answer. By default a store that does not commit within
+# two seconds is no longer waited for, and a busy machine may need more.
+COMMIT_TIMEOUT_S = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -131,9 +141,9 @@ class ProxyProcess:
     def kill(self) -> None:
         """kill -9, and wait until it is gone."""
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(30)
 
-    def terminate(self, timeout_s: float = 15.0) -> int:
+    def terminate(self, timeout_s: float = 60.0) -> int:
         """SIGTERM; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
@@ -160,7 +170,8 @@ def make_proxy(tmp_path: Path) -> Iterator[MakeProxy]:
 
     def make(upstream: str, **tables: Any) -> ProxyThread:
         given: dict[str, object] = dict(tables)
-        given["proxy"] = {"upstream": upstream, "port": 0, **tables.get("proxy", {})}
+        plain = {"upstream": upstream, "port": 0, "commit_timeout_s": COMMIT_TIMEOUT_S}
+        given["proxy"] = {**plain, **tables.get("proxy", {})}
         given["store"] = {"db": tmp_path / "lightning.db", **tables.get("store", {})}
         started.append(ProxyThread(Settings.model_validate(given)))
         return started[-1]
@@ -216,7 +227,7 @@ def start_proxy(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "LIGHTNING_PROXY__COMMIT_TIMEOUT_S": str(COMMIT_TIMEOUT_S), **(env or {})},
         )
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -225,12 +236,12 @@ def start_proxy(
         process.kill()
         raise AssertionError(f"serve did not say where it listens: {line!r}\n{log.read_text()}")
     url = found.group()
-    urllib.request.urlopen(f"{url}/healthz", timeout=10).close()
+    urllib.request.urlopen(f"{url}/healthz", timeout=60).close()
     return ProxyProcess(process, url, db, log)
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Block until a condition holds. Raises ``TimeoutError``."""
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Block until a condition holds. Raises ``TimeoutError``; the limit is there for what hangs."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -13,7 +13,7 @@ import asyncio
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from examples.environment import CannotInstall, agents_python
@@ -30,12 +30,20 @@ from lightning_proxy.experiment.workdir import command_of, prepare, serving, wri
 
 SERVICE = Path(__file__).parents[1] / "calculator" / "service.py"
 MINUTES = 10.0
-TRAIN_EVERY_S = 40.0
 MIN_ROLLOUTS = 32  # with a thumb, before a pass trains
-LAST_S = 75.0  # of traffic, in which no further pass begins: the last version shall be seen at work
 
 
-def run(workdir: Path, *, seed: int, minutes: float, habits: Habits) -> float:
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When passes of training begin; seconds of the clock on the wall."""
+
+    every_s: float = 40.0
+    last_s: float = 75.0  # of traffic, in which none begins: the last version shall be seen at work
+
+
+def run(
+    workdir: Path, *, seed: int, minutes: float, habits: Habits, schedule: Schedule = Schedule()
+) -> float:
     """Runs it, prints the report, leaves live.json and live.png; returns the lower end of the last gain.
 
     Raises ExperimentFailed, or AgentDied, with the reason.
@@ -44,7 +52,7 @@ def run(workdir: Path, *, seed: int, minutes: float, habits: Habits) -> float:
     write_config(workdir, {"train": {"seed": seed, "min_rollouts": MIN_ROLLOUTS}}, policy="policy")
     with ended_by_signals(), serving(workdir, print) as (children, proxy):
         traffic = Traffic(workdir, proxy.url, children)
-        crowd = asyncio.run(traffic.flow(seed, minutes, habits))
+        crowd = asyncio.run(traffic.flow(seed, minutes, habits, schedule))
     recorded = recorded_answers(workdir / "lightning.db")
     rows = by_version(crowd.answered, recorded)
     facts = {
@@ -75,7 +83,7 @@ class Traffic:
         self._began = self._next_line = time.monotonic()
         self.passes_failed = 0
 
-    async def flow(self, seed: int, minutes: float, habits: Habits) -> Crowd:
+    async def flow(self, seed: int, minutes: float, habits: Habits, schedule: Schedule) -> Crowd:
         """For so many minutes."""
         env = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         env |= {"OPENAI_BASE_URL": f"{self._url}/v1", "OPENAI_API_KEY": "any"}
@@ -83,25 +91,25 @@ class Traffic:
         with (self._workdir / "agent.log").open("wb") as log:
             async with await Agent.start([agents_python(), str(SERVICE)], env, log) as agent:
                 crowd = Crowd(agent, self._url, habits, seed)
-                last = self._began + minutes * 60 - LAST_S
-                schedule = asyncio.ensure_future(self._train_until(last))
+                last = self._began + minutes * 60 - schedule.last_s
+                training = asyncio.ensure_future(self._train_until(last, schedule.every_s))
                 try:
                     await crowd.work(minutes * 60, self._tell)
                 except ExceptionGroup as failures:
                     self._children.check()  # no engine, no answers: then this is the reason
                     raise failures.exceptions[0] from None
                 finally:
-                    schedule.cancel()
-                    await asyncio.wait([schedule])
-                if not schedule.cancelled():
-                    schedule.result()  # a schedule that broke is no schedule
+                    training.cancel()
+                    await asyncio.wait([training])
+                if not training.cancelled():
+                    training.result()  # a schedule that broke is no schedule
         return crowd
 
-    async def _train_until(self, last: float) -> None:
+    async def _train_until(self, last: float, every_s: float) -> None:
         """What cron would do: a pass each so many seconds, the next one only when the last has ended."""
         with (self._workdir / "train.log").open("wb") as log:
             while time.monotonic() < last:
-                due = time.monotonic() + TRAIN_EVERY_S
+                due = time.monotonic() + every_s
                 process = await asyncio.create_subprocess_exec(
                     *command_of("train", self._workdir), stdout=log, stderr=log, env=clean_environment()
                 )
@@ -137,7 +145,8 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, help="default: lightning-examples/live-SEED")
     args = parser.parse_args()
     workdir = args.workdir or Path("lightning-examples") / f"live-{args.seed}"
-    if args.minutes * 60 < LAST_S + TRAIN_EVERY_S + Habits().delay_s[1]:
+    schedule = Schedule()
+    if args.minutes * 60 < schedule.last_s + schedule.every_s + Habits().delay_s[1]:
         parser.error(
             f"--minutes {args.minutes:g}: thumbs come late; before five minutes there is little to see"
         )

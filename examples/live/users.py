@@ -114,6 +114,8 @@ class Crowd:
         self._seed = seed
         self._rng = random.Random(seed)
         self._asked = 0
+        self._over = False
+        self._posting: set[asyncio.Task[Any] | None] = set()
         self.answered: list[Answered] = []
         self.failed = 0
         self.refused = 0  # thumbs that the proxy did not take
@@ -121,8 +123,12 @@ class Crowd:
         self.corrected = 0
 
     async def work(self, seconds: float, tell: Callable[[Crowd], None]) -> None:
-        """All of them ask for so long; thumbs that are not due by then are never put."""
+        """All of them ask for so long; thumbs that are not due by then are never put.
+
+        One that is under way arrives: what is counted is what the proxy has.
+        """
         until = time.monotonic() + seconds
+        self._over = False
         async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
             later: list[asyncio.Task[None]] = []
             users = [
@@ -131,8 +137,10 @@ class Crowd:
             while not all(user.done() for user in users):
                 await asyncio.sleep(1.0)
                 tell(self)
+            self._over = True
             for task in later:
-                task.cancel()
+                if task not in self._posting:
+                    task.cancel()
 
     async def _use(
         self,
@@ -167,17 +175,22 @@ class Crowd:
         if not await self._post(session, response_id, right != mistaken):
             return
         self.thumbs += 1
-        if mistaken:
+        if mistaken and not self._over:
             await asyncio.sleep(then)
-            self.corrected += await self._post(session, response_id, right)
+            posted = await self._post(session, response_id, right)
+            self.corrected += posted  # not in one line: others count while this one waits
 
     async def _post(self, session: aiohttp.ClientSession, response_id: str, up: bool) -> bool:
         """Whether the thumb was taken."""
         body = {"response_id": response_id, "thumb": "up" if up else "down"}
+        task = asyncio.current_task()
+        self._posting.add(task)
         try:
             async with session.post(self._url, json=body) as response:
                 response.raise_for_status()
         except aiohttp.ClientError:
             self.refused += 1
             return False
+        finally:
+            self._posting.discard(task)
         return True

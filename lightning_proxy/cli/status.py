@@ -110,6 +110,7 @@ def _print_policy(name: str, policy: dict[str, Any]) -> None:
         "to train on",
         f"{backlog.rollouts_ready} rollouts with {backlog.spans} calls; "
         f"{backlog.rollouts_unrewarded} have no reward yet"
+        + (f"; {backlog.rollouts_held} wait for the rest of their group" if backlog.rollouts_held else "")
         + (f"; {backlog.rollouts_again} come again for a late reward" if backlog.rollouts_again else ""),
     )
     if run is None:

@@ -431,6 +431,7 @@ class Settings(Table):
             "weights": self.reward_weights,
             "late": self.train.late_rewards == "retrain",
             "roles": self.reward_roles,
+            "wait_s": self.train.group_wait_s,
         }
 
     @property

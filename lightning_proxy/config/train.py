@@ -41,7 +41,7 @@ class CreditSettings(Table):
         "last returns of their like, whatever the prompt. Off: they wait until the prompt comes again.",
     )
     baseline_window: int = Field(
-        default=256, ge=1, description="How many earlier returns a running baseline looks back on."
+        default=256, ge=1, description="How many earlier returns a group or a running baseline looks back on."
     )
 
     @model_validator(mode="after")
@@ -129,7 +129,8 @@ class TrainSettings(CreditSettings):
     max_version_age: int = Field(
         default=8,
         ge=0,
-        description="Calls that weights older than this many versions answered are left out, and counted.",
+        description="Calls that weights more than this many updates away from the present ones answered are "
+        "left out, and counted. Updates are counted along the versions' parents, not by their numbers.",
     )
     learning_rate: float = Field(default=1e-6, gt=0, description="AdamW's constant learning rate.")
     adam_eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
@@ -153,6 +154,13 @@ class TrainSettings(CreditSettings):
     )
     min_group_size: int = Field(
         default=2, ge=2, description="Groups smaller than this are left for a later run."
+    )
+    group_wait_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="How long rollouts of the task pool wait, from the last sign of life of their group, for "
+        "members that nobody carries out and for rewards of those that succeeded. Members that an agent "
+        "carries out are waited for as long as their lease is kept.",
     )
     late_rewards: Literal["retrain", "ignore"] = Field(
         default="retrain",

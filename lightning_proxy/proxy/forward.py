@@ -302,6 +302,8 @@ class Forwarder:
         taker: Call | EncodedAnswer = call
         if hdrs.CONTENT_ENCODING in headers:
             taker = EncodedAnswer(call, headers)
+        if not call.streamed and not call.altered:
+            return await self._passed_on(request, answer, call, taker)
         if not call.streamed:
             body = taker.whole(b"".join([chunk async for chunk in _chunks(answer)]))
             await self._commit(call)
@@ -324,6 +326,26 @@ class Forwarder:
         if rest:
             await response.write(rest)
         await response.write_eof()
+        return response
+
+    async def _passed_on(
+        self, request: web.Request, answer: aiohttp.ClientResponse, call: Call, taker: Call | EncodedAnswer
+    ) -> web.StreamResponse:
+        """A whole answer that stays as it is: it goes on as it comes, and its last piece after the commit.
+
+        Some upstreams keep a long call alive by headers and white space before the answer.
+        """
+        headers = response_headers(answer.headers, rewritten=False)
+        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
+        await response.prepare(request)
+        came: list[bytes] = []
+        async for piece in _chunks(answer):
+            if came:
+                await response.write(came[-1])
+            came.append(piece)
+        taker.whole(b"".join(came))
+        await self._commit(call)
+        await response.write_eof(came[-1] if came else b"")
         return response
 
     # -- records -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ tables), then the part that you are after::
     packing.py      token ids and logprobs as bytes
     rewards.py      the ledger of rewards
     returns.py      what the rewards of a rollout add up to
+    rounds.py       rounds of the task pool: whether more of a group is to come
     policies.py     versions of policies: staged, active, retired, rejected
     runs.py         training runs: leases, draining, committing
     intervals.py    confidence intervals of mean returns (no I/O)
@@ -41,7 +42,6 @@ from lightning_proxy.store.records import (
     INFRASTRUCTURE,
     Attempt,
     Backlog,
-    Companion,
     ConversationEnd,
     ErrorClass,
     FailureExample,
@@ -81,7 +81,6 @@ __all__ = [
     "Attempt",
     "Backlog",
     "By",
-    "Companion",
     "Comparison",
     "ConversationEnd",
     "ErrorClass",

@@ -25,9 +25,10 @@ import orjson
 from lightning_proxy.errors import Conflict, InvalidInput, UnknownTarget
 from lightning_proxy.store.curriculum import is_skipped
 from lightning_proxy.store.records import ErrorClass, Rollout
+from lightning_proxy.store.rounds import LACKING
 from lightning_proxy.store.runs import lease_end
 from lightning_proxy.store.task_records import Assignment, LeaseState, Prefer, Standing
-from lightning_proxy.store.tasks import LACKING, Tasks, task_from
+from lightning_proxy.store.tasks import Tasks, task_from
 from lightning_proxy.words import RolloutState, TaskState
 
 FORGIVEN_LOSSES = 10
@@ -157,7 +158,7 @@ class Claims(Tasks):
                 )
             if row["attempt"] == attempt and row["state"] == "running":
                 if state is RolloutState.FAILED:
-                    self._fail(row, reason, error_class or ErrorClass.AGENT_CRASH)
+                    self._fail(row, reason, error_class or ErrorClass.AGENT_CRASH, explained=True)
                 else:
                     self.finish_rollout(rollout_id, state, reason, error_class)
             elif not self._ended_so(rollout_id, attempt, state, error_class):
@@ -297,9 +298,20 @@ class Claims(Tasks):
         return True
 
     def _fail(
-        self, row: sqlite3.Row, reason: str | None, error_class: ErrorClass, *, lost: bool = False
+        self,
+        row: sqlite3.Row,
+        reason: str | None,
+        error_class: ErrorClass,
+        *,
+        lost: bool = False,
+        explained: bool = False,
     ) -> None:
-        """End a running attempt as failed, and its rollout with it unless there may be another."""
+        """End a running attempt as failed, and its rollout with it unless there may be another.
+
+        A rollout ends by its root cause, whoever saw it fail, for training and comparisons go by that; it is
+        looked for unless these tell it (``explained``). Before another attempt the class is what was seen: a
+        worker that was silent may still be right.
+        """
         task = self.row("SELECT * FROM tasks WHERE task_id = ?", (row["task_id"],))
         assert task is not None  # a foreign key holds it
         losses = row["losses"] + lost
@@ -310,7 +322,10 @@ class Claims(Tasks):
             self._end_attempt(row, RolloutState.FAILED, reason, error_class)
             self._wait(row, tries=tries, losses=losses, pause_s=0.0 if forgiven else _pause_s(tries))
         else:
-            self.finish_rollout(row["rollout_id"], RolloutState.FAILED, reason, error_class)
+            cause: ErrorClass | None = error_class
+            if not explained:
+                cause, reason = self.cause_of_failure(row["rollout_id"], row["attempt"], error_class, reason)
+            self.finish_rollout(row["rollout_id"], RolloutState.FAILED, reason, cause)
 
     def _end_attempt(
         self, row: sqlite3.Row, state: RolloutState, reason: str | None, error_class: ErrorClass | None

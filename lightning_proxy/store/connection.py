@@ -21,7 +21,7 @@ from lightning_proxy.errors import (
     UnknownTarget,
 )
 
-SCHEMA_VERSION = 11  # PRAGMA user_version once every one of migrations/ has been applied
+SCHEMA_VERSION = 12  # PRAGMA user_version once every one of migrations/ has been applied
 
 Synchronous = Literal["normal", "full"]
 

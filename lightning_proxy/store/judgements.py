@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_proxy.store.runs import OF_POLICY, REWARDED, Runs
+from lightning_proxy.store.rounds import REWARDED
+from lightning_proxy.store.runs import OF_POLICY, Runs
 from lightning_proxy.words import RolloutState
 
 _LAST_SPAN = """

@@ -230,18 +230,6 @@ class TrainingRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Companion:
-    """A rollout that an earlier run trained on, to compare others with, and its return now."""
-
-    rollout_id: str
-    value: float
-    # What the return is made of: the rewards that count, and the calls to the policy that ended well, in
-    # order of start, each with its role.
-    rewards: tuple[Reward, ...] = field(default=(), compare=False)
-    calls: tuple[tuple[int, str | None], ...] = field(default=(), compare=False)
-
-
-@dataclass(frozen=True, slots=True)
 class RecordedRollout:
     """A rollout with everything a trainer needs: its last attempt's spans in order of start."""
 
@@ -250,8 +238,11 @@ class RecordedRollout:
     spans: tuple[Span, ...]
     rewards: tuple[Reward, ...]  # those that count: corrected ones are left out
     value: float | None = None  # its return (returns.py); None: it has none
-    again: bool = False  # a committed run has trained on it before, for another return
-    companions: tuple[Companion, ...] = ()  # where again: the rest of its group in those runs
+    again: bool = False  # a committed run has trained on it before, for another return or fewer calls
+    # Where again for the same return: the call up to which that run had it.
+    trained_until: int | None = None
+    # Where again: the rest of its group in those runs, as `Runs.recent_members` has them.
+    companions: tuple[RecordedRollout, ...] = ()
     for_return: bool = (
         True  # False: only its demonstrations are this run's, a run has its return or it has none
     )
@@ -322,3 +313,4 @@ class Backlog:
     rollouts_unrewarded: int  # the same but for a reward
     spans: int  # of the policy, in the rollouts that are ready
     rollouts_again: int = 0  # of those that are ready, the ones that a run has trained on before
+    rollouts_held: int = 0  # rewarded, and not ready until their round of the task pool is over

@@ -32,12 +32,14 @@ class RewardRule:
     ``weights`` has a signed weight by the reward's name, negative where less is better; a name that is
     not in it has weight 1, and one of weight 0 is kept in the ledger only. ``roles`` has the roles that a
     reward is for, by its name; one that is not in it is for all. With ``late`` a rollout that
-    was trained on waits for a run again once later rewards give it another return.
+    was trained on waits for a run again once later rewards give it another return. ``wait_s``: how long the
+    rollouts of a round of the task pool wait for those that nobody carries out, and for their rewards.
     """
 
     weights: Mapping[str, float] = field(default_factory=dict)
     late: bool = True
     roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    wait_s: float = 600.0
 
     def weight_of(self, name: str) -> float:
         """The signed weight of a reward."""

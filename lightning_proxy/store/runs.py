@@ -3,10 +3,11 @@
 A rollout is consumed by a policy while a run of that policy that is running or committed has it
 in ``consumptions``. So a run's change of state hands over, or gives back, everything at once.
 
-A consumption remembers the last entry of the ledger that the run knew. A rollout that a committed run
-has consumed waits again as soon as its return, with what was entered since, is another one than that
-run knew (or as soon as there are rewards for a later attempt). Both returns are taken by the same
-weights, so that changing a weight opens nothing.
+A consumption remembers the last entry of the ledger and the last call that the run knew. A rollout that a
+committed run has consumed waits again as soon as its return, with what was entered since, is another one than
+that run knew (or as soon as there are rewards for a later attempt). Both returns are taken by the same
+weights, so that changing a weight opens nothing. For the same return it waits again as soon as there are
+later calls and an entry that counts, and then for those calls alone (``trained_until``).
 
 Demonstrations are consumed apart from returns, by the runs that ask for them (``demonstrated``): each
 once, by whichever run comes first, and again only where a later entry for its target and name corrects it.
@@ -15,6 +16,7 @@ So a run that takes the return leaves the demonstrations of the rollout for one 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import sqlite3
@@ -31,15 +33,14 @@ from lightning_proxy.errors import Conflict, InvalidInput, LeaseHeld, LeaseLost,
 from lightning_proxy.store.policies import Policies
 from lightning_proxy.store.records import (
     Backlog,
-    Companion,
     PolicyVersion,
     RecordedRollout,
     Reward,
     RunState,
     TrainingRun,
 )
-from lightning_proxy.store.rewards import Rewards
 from lightning_proxy.store.rollouts import encode
+from lightning_proxy.store.rounds import REWARDED, Rounds
 
 # Rollouts with a span of the policy in their last attempt; ``c``: the last run of the policy, running or
 # committed, that has their return. One of the task pool only once it has ended: until then its last attempt
@@ -56,13 +57,6 @@ WHERE EXISTS (SELECT 1 FROM spans AS s
               WHERE s.rollout_id = r.rollout_id AND s.attempt = a.number AND s.policy = :policy)
   AND NOT EXISTS (SELECT 1 FROM task_rollouts AS p
                   WHERE p.rollout_id = r.rollout_id AND p.state IN ('running', 'waiting'))
-"""
-# A value for that attempt, for one of its spans, or for the rollout as a whole.
-REWARDED = """
-EXISTS (SELECT 1 FROM rewards AS w LEFT JOIN spans AS s ON s.span_id = w.span_id
-        WHERE w.rollout_id = r.rollout_id AND (w.attempt IS NULL OR w.attempt = a.number)
-          AND (s.span_id IS NULL OR s.attempt = a.number)
-          AND w.value IS NOT NULL AND w.name NOT IN (SELECT value FROM json_each(:ignored)))
 """
 # A committed run has it, and values came later than it knew. Whether they make another return is for
 # `RewardRule` to say.
@@ -83,37 +77,51 @@ _DEMONSTRATED = f"""
                            AND w.demonstration IS NOT NULL AND w.reward_id > {_SHOWN_UNTIL}))
 """
 _CANDIDATES = f"""
-SELECT r.rollout_id, a.number, c.run_id, c.attempt, c.last_reward_id, {_SHOWN_UNTIL} AS shown_until,
+SELECT r.rollout_id, a.number, c.run_id, c.attempt, c.last_reward_id, c.last_span_id,
+  {_SHOWN_UNTIL} AS shown_until,
+  (SELECT json_array(p.task_id, p.round) FROM task_rollouts AS p WHERE p.rollout_id = r.rollout_id) AS round,
   (c.run_id IS NULL OR {_LATE}) AND {REWARDED} AS rewarded, {_DEMONSTRATED} AS demonstrated
 {OF_POLICY} AND (((c.run_id IS NULL OR {_LATE}) AND {REWARDED}) OR {_DEMONSTRATED})
 ORDER BY r.created_at, r.rollout_id
 """
 _UNREWARDED = f"SELECT count(*) {OF_POLICY} AND c.run_id IS NULL AND NOT {REWARDED}"
 _CONSUME = """
-INSERT INTO consumptions (run_id, rollout_id, attempt, for_return, last_reward_id, last_demonstration_id)
-SELECT :run_id, :rollout_id, :attempt, :for_return, max(reward_id), iif(:demonstrated, max(reward_id), NULL)
-FROM rewards WHERE rollout_id = :rollout_id RETURNING last_reward_id"""
-# Of a running baseline (`recent_members`) nobody is a companion for good.
+INSERT INTO consumptions (run_id, rollout_id, attempt, for_return, last_reward_id, last_demonstration_id,
+  last_span_id)
+SELECT :run_id, :rollout_id, :attempt, :for_return, max(reward_id), iif(:demonstrated, max(reward_id), NULL),
+  (SELECT max(s.span_id) FROM spans AS s WHERE s.rollout_id = :rollout_id AND s.attempt = :attempt)
+FROM rewards WHERE rollout_id = :rollout_id RETURNING last_reward_id, last_span_id"""
+# Of a running baseline (`recent_members`) nobody is a companion for good. Left alone, SQLite reads the whole
+# run for each.
 _COMPANIONS = """
 SELECT other.rollout_id, max(other.attempt) AS attempt
 FROM consumptions AS mine JOIN training_runs AS t USING (run_id)
-JOIN consumptions AS other ON other.run_id = mine.run_id AND other.group_key = mine.group_key
-WHERE mine.rollout_id = ? AND t.policy = ? AND t.state = 'committed' AND other.rollout_id <> mine.rollout_id
+JOIN consumptions AS other INDEXED BY consumptions_by_key
+  ON other.run_id = mine.run_id AND other.group_key = mine.group_key
+WHERE mine.rollout_id = :rollout_id AND t.policy = :policy AND t.state = 'committed'
+  AND other.rollout_id <> mine.rollout_id
   AND mine.group_key NOT LIKE 'running:%'
 GROUP BY other.rollout_id"""
-# Newest runs first: the index over (run_id, group_key) finds what each of them has, and the first rows
-# are all that is read.
+# Newest runs first: the index over (group_key, run_id) has them in this order, and the first rows are all
+# that is read.
 _RECENT = """
-SELECT c.rollout_id, c.attempt FROM training_runs AS t CROSS JOIN consumptions AS c
-ON c.run_id = t.run_id AND c.group_key = ?
-WHERE t.policy = ? AND t.state = 'committed' ORDER BY t.run_id DESC, c.rollout_id"""
+SELECT c.rollout_id, c.attempt FROM consumptions AS c CROSS JOIN training_runs AS t ON t.run_id = c.run_id
+WHERE c.group_key = :group_key AND t.policy = :policy AND t.state = 'committed'
+ORDER BY c.run_id DESC, c.rollout_id"""
+_RECENT_OF_VERSIONS = f"""
+SELECT * FROM ({_RECENT} LIMIT :limit) AS c
+WHERE EXISTS (SELECT 1 FROM spans AS s JOIN json_each(:versions) AS v ON s.policy_version IS v.value
+              WHERE s.rollout_id = c.rollout_id AND s.attempt = c.attempt AND s.policy = :policy)"""
 _REWARDS_SEEN = """
 SELECT report FROM training_runs
 WHERE policy = ? AND state = 'committed' AND report ->> '$.rewards' IS NOT NULL
 ORDER BY run_id DESC LIMIT ?"""
-_CALLS = """
-SELECT span_id, role FROM spans
-WHERE rollout_id = ? AND attempt = ? AND policy = ? AND error_class IS NULL ORDER BY started_at, span_id"""
+# Calls that the run did not have, and an entry that counts to go with them.
+_GOES_ON = """
+SELECT EXISTS (SELECT 1 FROM spans AS s WHERE s.rollout_id = :rollout_id AND s.attempt = :attempt
+               AND s.span_id > :last_span_id AND s.policy = :policy AND s.error_class IS NULL)
+AND EXISTS (SELECT 1 FROM rewards AS w WHERE w.rollout_id = :rollout_id AND w.reward_id > :last_reward_id
+            AND w.value IS NOT NULL AND w.name NOT IN (SELECT value FROM json_each(:ignored)))"""
 _LAST_COMMITTED = "SELECT max(run_id) FROM training_runs WHERE policy = ? AND state = 'committed'"
 _LAST_ENTRIES = """
 SELECT (SELECT max(reward_id) FROM rewards WHERE rollout_id = ?1),
@@ -129,12 +137,14 @@ class _Ready:
 
     rollout_id: str
     attempt: int
-    for_return: bool  # its return waits
-    again: bool  # a committed run has trained on another return of it
+    for_return: bool  # its return waits for a run
+    held: bool  # it has one, and waits for the rest of its round of the task pool
+    again: bool  # a committed run has trained on another return of it, or on fewer calls
+    trained_until: int | None  # where it is for the same return: up to which call
     demonstrations: tuple[Reward, ...] = ()  # those that wait
 
 
-class Runs(Rewards, Policies):
+class Runs(Rounds, Policies):
     """The training runs' part of the store."""
 
     def begin_run(self, policy: str, *, owner: str, lease_s: float) -> TrainingRun:
@@ -171,14 +181,15 @@ class Runs(Rewards, Policies):
 
         Those that have a reward and a span of the run's policy in their last attempt and that no
         other run of the policy holds or has consumed; and those that one has consumed, if late rewards
-        gave them another return. With ``demonstrated`` also those with a demonstration, for that attempt,
-        that no run has taken, rewarded or not. Raises ``UnknownTarget``, ``LeaseLost``.
+        gave them another return. Of the task pool once their round is over (``rounds.py``). With
+        ``demonstrated`` also those with a demonstration, for that attempt, that no run has taken, rewarded or
+        not. Raises ``UnknownTarget``, ``LeaseLost``.
         """
         with self.transaction():
             run = self._leased(run_id)
             taken = list(islice(self._ready(run.policy, demonstrated), limit))
             known = [
-                self.scalar(
+                self.row(
                     _CONSUME,
                     {
                         "run_id": run_id,
@@ -323,13 +334,15 @@ class Runs(Rewards, Policies):
 
         ``demonstrated``: as in :meth:`drain`.
         """
-        ready = list(self._ready(policy, demonstrated))
+        waiting = list(self._waiting(policy, demonstrated))
+        ready = [one for one in waiting if one.for_return or one.demonstrations]
         pairs = orjson.dumps([(one.rollout_id, one.attempt) for one in ready]).decode()
         return Backlog(
             rollouts_ready=len(ready),
             rollouts_unrewarded=self.scalar(_UNREWARDED, self.named(policy)),
             spans=self.scalar(_SPANS_OF, (pairs, policy)),
             rollouts_again=sum(one.again for one in ready),
+            rollouts_held=sum(one.held for one in waiting),
         )
 
     def _leased(self, run_id: int) -> TrainingRun:
@@ -341,18 +354,27 @@ class Runs(Rewards, Policies):
         return run
 
     def _ready(self, policy: str, demonstrated: bool) -> Iterator[_Ready]:
-        """What waits, oldest first."""
+        """What waits for a run, oldest first."""
+        return (one for one in self._waiting(policy, demonstrated) if one.for_return or one.demonstrations)
+
+    def _waiting(self, policy: str, demonstrated: bool) -> Iterator[_Ready]:
+        """The same, with what waits for the rest of its round first."""
+        is_open = functools.cache(lambda of: self.round_is_open(policy, *orjson.loads(of)))
         for row in self.each(_CANDIDATES, {**self.named(policy), "demonstrated": demonstrated}):
             rollout_id, attempt = row["rollout_id"], row["number"]
             again = row["run_id"] is not None
-            for_return = bool(row["rewarded"]) and (not again or self._differs(row))
+            differs = again and self._differs(row)
+            due = bool(row["rewarded"]) and (not again or differs or self._goes_on(policy, row))
+            held = due and not again and row["round"] is not None and is_open(row["round"])
             shown = (
                 self.demonstrations_of_attempt(rollout_id, attempt, after=row["shown_until"])
                 if row["demonstrated"]
                 else ()
             )
-            if for_return or shown:
-                yield _Ready(rollout_id, attempt, for_return, again and for_return, shown)
+            if due or shown:
+                for_return = due and not held
+                until = row["last_span_id"] if again and not differs else None
+                yield _Ready(rollout_id, attempt, for_return, held, again and for_return, until, shown)
 
     def _differs(self, row: sqlite3.Row) -> bool:
         """Whether what was entered later makes another return, or is for another attempt."""
@@ -363,53 +385,82 @@ class Runs(Rewards, Policies):
         present = self.counting_rewards_of_attempt(rollout_id, attempt)
         return self.rule.return_of(known) != self.rule.return_of(present)
 
+    def _goes_on(self, policy: str, row: sqlite3.Row) -> bool:
+        """Whether there are calls that the run did not have, and rewards that came since."""
+        if row["last_span_id"] is None:
+            return False
+        asked = {
+            "rollout_id": row["rollout_id"],
+            "attempt": row["number"],
+            "last_span_id": row["last_span_id"],
+            "last_reward_id": row["last_reward_id"] or 0,
+        }
+        return bool(self.scalar(_GOES_ON, {**self.named(policy), **asked}))
+
     def named(self, policy: str) -> dict[str, Any]:
         """What the queries over waiting rollouts are given."""
         ignored = orjson.dumps(self.rule.ignored).decode()
         return {"policy": policy, "late": self.rule.late, "ignored": ignored}
 
-    def _recorded(self, policy: str, ready: _Ready, until: int | None = None) -> RecordedRollout:
-        rewards = self.counting_rewards_of_attempt(ready.rollout_id, ready.attempt, until)
+    def _recorded(self, policy: str, ready: _Ready, until: sqlite3.Row | None = None) -> RecordedRollout:
+        """As it is now, or as it was when it was consumed, ``until`` this entry and this call."""
+        spans = self.spans_of_attempt(ready.rollout_id, ready.attempt)
+        last_reward_id = None
+        if until is not None:
+            last_reward_id, last_span_id = until
+            spans = tuple(span for span in spans if (span.span_id or 0) <= (last_span_id or 0))
+        rewards = self.counting_rewards_of_attempt(ready.rollout_id, ready.attempt, last_reward_id)
         return RecordedRollout(
             rollout=self.get_rollout(ready.rollout_id),
             attempt=ready.attempt,
-            spans=self.spans_of_attempt(ready.rollout_id, ready.attempt),
+            spans=spans,
             rewards=rewards,
             value=self.rule.return_of(rewards),
             again=ready.again,
             for_return=ready.for_return,
             demonstrations=ready.demonstrations,
+            trained_until=ready.trained_until,
             companions=tuple(self._companions(policy, ready.rollout_id)) if ready.again else (),
         )
 
-    def recent_members(self, policy: str, group_key: str, limit: int) -> list[Companion]:
-        """The rollouts that committed runs trained on last in this group, newest run first, each once."""
-        found: dict[str, Companion] = {}
-        for row in self.each(_RECENT, (group_key, policy)):
+    def recent_members(
+        self, policy: str, group_key: str, limit: int, *, versions: Iterable[int | None] | None = None
+    ) -> list[RecordedRollout]:
+        """The rollouts that committed runs trained on last in this group, newest run first, each once.
+
+        With ``versions`` those of the last ``limit`` that one of these answered. They come with the rewards
+        that count now, and with calls as heads only, but where what these hold says which of them count:
+        where one was tried again, or something was found in one.
+        """
+        asked: dict[str, Any] = {"policy": policy, "group_key": group_key}
+        sql = _RECENT
+        if versions is not None:
+            asked |= {"limit": limit, "versions": orjson.dumps(list(versions)).decode()}
+            sql = _RECENT_OF_VERSIONS
+        found: dict[str, RecordedRollout] = {}
+        for row in self.each(sql, asked):
             if len(found) >= limit:
                 break
-            if row["rollout_id"] not in found and (companion := self._companion(policy, row)) is not None:
-                found[companion.rollout_id] = companion
+            if row["rollout_id"] not in found and (companion := self._companion(row)) is not None:
+                found[row["rollout_id"]] = companion
         return list(found.values())
 
-    def _companions(self, policy: str, rollout_id: str) -> Iterator[Companion]:
-        """Those that committed runs compared with this rollout, with their returns as they are now."""
-        for row in self.rows(_COMPANIONS, (rollout_id, policy)):
-            if (companion := self._companion(policy, row)) is not None:
+    def _companions(self, policy: str, rollout_id: str) -> Iterator[RecordedRollout]:
+        """Those that committed runs compared with this rollout, as :meth:`recent_members` has them."""
+        for row in self.rows(_COMPANIONS, {"rollout_id": rollout_id, "policy": policy}):
+            if (companion := self._companion(row)) is not None:
                 yield companion
 
-    def _companion(self, policy: str, row: sqlite3.Row) -> Companion | None:
-        rewards = self.counting_rewards_of_attempt(row["rollout_id"], row["attempt"])
+    def _companion(self, row: sqlite3.Row) -> RecordedRollout | None:
+        rollout_id, attempt = row["rollout_id"], row["attempt"]
+        rewards = self.counting_rewards_of_attempt(rollout_id, attempt)
         value = self.rule.return_of(rewards)
         if value is None:
             return None
-        calls = self.rows(_CALLS, (row["rollout_id"], row["attempt"], policy))
-        return Companion(
-            row["rollout_id"],
-            value,
-            rewards,
-            tuple((call["span_id"], call["role"]) for call in calls),
-        )
+        spans = self.heads_of_attempt(rollout_id, attempt)
+        if any(span.retry or span.findings for span in spans):
+            spans = self.spans_of_attempt(rollout_id, attempt)
+        return RecordedRollout(self.get_rollout(rollout_id), attempt, spans, rewards, value)
 
 
 def _run_from(row: sqlite3.Row) -> TrainingRun:

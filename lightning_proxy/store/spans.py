@@ -46,6 +46,7 @@ _MANY_REQUESTS = 50  # that are held at a time
 _BEYOND_ALL = 2**63 - 1
 _READ_AT_ONCE = 64  # spans that `iterate_spans` holds in memory
 _MOST_ENDS = 16  # rollouts with the same history that are told apart; the newest
+_OF_ATTEMPT = "SELECT * FROM spans WHERE rollout_id = ? AND attempt = ? ORDER BY started_at, span_id"
 
 
 class Spans(Archive):
@@ -161,12 +162,11 @@ class Spans(Archive):
 
     def spans_of_attempt(self, rollout_id: str, attempt: int) -> tuple[Span, ...]:
         """All spans of one attempt, in the order in which they were started."""
-        return tuple(
-            self._spans(
-                "SELECT * FROM spans WHERE rollout_id = ? AND attempt = ? ORDER BY started_at, span_id",
-                (rollout_id, attempt),
-            )
-        )
+        return tuple(self._spans(_OF_ATTEMPT, (rollout_id, attempt)))
+
+    def heads_of_attempt(self, rollout_id: str, attempt: int) -> tuple[Span, ...]:
+        """The same as heads: see :meth:`list_spans`."""
+        return tuple(self._spans(_OF_ATTEMPT, (rollout_id, attempt), content=False))
 
     def iterate_spans(self, rollout_id: str, attempt: int) -> Iterator[Span]:
         """The same, some at a time: for whoever reads more than memory holds."""

@@ -19,6 +19,7 @@ from lightning_proxy.store.curriculum import GROUPS_LOOKED_AT, standing_of
 from lightning_proxy.store.failures import Failures
 from lightning_proxy.store.records import ErrorClass, Rollout
 from lightning_proxy.store.rollouts import encode
+from lightning_proxy.store.rounds import LACKING
 from lightning_proxy.store.task_records import (
     RETRIED_BY_DEFAULT,
     NewTask,
@@ -41,9 +42,6 @@ UPDATE tasks SET metadata = coalesce(?, metadata), resources = coalesce(?, resou
   timeout_s = coalesce(?, timeout_s), silence_s = coalesce(?, silence_s)
 WHERE task_id = ?"""
 _COUNTS = "SELECT state, count(*) AS n FROM task_rollouts WHERE task_id = ? GROUP BY state"
-# How many rollouts of its present round a task still lacks; those that wait for an attempt are there.
-LACKING = """(t.group_size - (SELECT count(*) FROM task_rollouts AS p
-  WHERE p.task_id = t.task_id AND p.round = t.round AND p.state <> 'cancelled'))"""
 # Rollouts that an open task is still to have: groups and rounds may have been made fewer meanwhile.
 _LEFT = f"(max(0, {LACKING}) + max(0, t.rounds - t.round) * t.group_size)"
 _TO_DO = f"SELECT {_LEFT} FROM tasks AS t WHERE t.task_id = ? AND t.state = 'open'"

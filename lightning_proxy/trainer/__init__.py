@@ -8,6 +8,7 @@ the data goes:
 ``automatic``     rewards from the traffic itself, and by the user's function (``judged``)
 ``grouped``       all that comes before the update engine: its top function is the summary of what follows
 ``transitions``   a recorded rollout -> one transition per generation; what is left out, counted
+``ages``          how many updates lie between the version that answered and the present one
 ``failures``      what failures do: rollouts dropped, calls masked, scaled or penalised
 ``groups``        which rollouts are compared with one another (GRPO's group); ``prompts``: by a prompt's text
 ``credit``        what each transition is credited with of its rollout's return

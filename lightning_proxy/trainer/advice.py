@@ -11,6 +11,10 @@ _NO_REWARDS = (
     "none of the {} recorded rollouts has a reward: POST /reward with the rollout_id, or with the id of a "
     "response, says how a run went; [automatic_rewards] takes rewards from the traffic itself"
 )
+_HELD = (
+    "{} wait for the rest of their group of the task pool, or for its rewards: `lightning-proxy tasks` shows "
+    "how far it is, and [train] group_wait_s is how long they wait"
+)
 _NO_CALLS: Mapping[str, str] = {
     Reason.GREEDY: "were at temperature 0, where nothing is sampled and so nothing is learnt from a choice: "
     "[[exploration]] samples a share of the rollouts at a temperature of its own",
@@ -26,7 +30,8 @@ _NO_CALLS: Mapping[str, str] = {
     Reason.CONSTRAINED: "were held to a grammar (a forced tool, a format), which is not the policy's choice",
     Reason.UNKNOWN_LOGPROBS: "were sampled by earlier weights at another temperature, or cut: an engine with "
     "`--logprobs-mode processed_logprobs` tells the logprobs of what it sampled from",
-    Reason.TOO_OLD: "were answered by weights more than [train] max_version_age versions old",
+    Reason.TOO_OLD: "were answered by weights more than [train] max_version_age updates away",
+    Reason.TRAINED_BEFORE: "were trained on before, for the return that their rollout still has",
     Reason.TOO_LONG: "are longer than [train] max_row_tokens",
     Reason.ROLE_ALONE: "were made in a role that too few rollouts of their group have a return for",
 }
@@ -35,19 +40,24 @@ _NO_ROLLOUTS: Mapping[str, str] = {
     "better than the others; other tasks, finer rewards or a higher temperature would set them apart",
     Reason.GROUP_TOO_SMALL: "too few rollouts of the same task to compare: give runs of one task the same "
     "task id, and begin several of each (`lightning-proxy run --tasks FILE --group-size 8`)",
+    Reason.GROUP_GONE: "what came again for late rewards has nobody to be compared with: the others of "
+    "its group were deleted",
     Reason.INCOMPLETE_ROLLOUT: "capture lost calls of the rollouts: the proxy's log says why",
     Reason.NO_REWARD: "the rollouts' rewards are for earlier attempts than the last",
 }
 
 
-def advice(report: TrainReport, *, unrewarded: int = 0) -> str | None:
+def advice(report: TrainReport, *, unrewarded: int = 0, held: int = 0) -> str | None:
     """Why there is nothing to train on, by what a pass counted; ``None`` where there is something.
 
-    ``unrewarded``: rollouts that are recorded and wait for a reward. It says what most of it is due to.
+    ``unrewarded``: rollouts that are recorded and wait for a reward; ``held``: that wait for their group. It
+    says what most of it is due to.
     """
     rollouts, calls = (report.left_out.get(of, {}) for of in ("rollouts", "calls"))
     if report.counts.get("rollouts"):
         return None
+    if not rollouts and held:
+        return _HELD.format(held)
     if not rollouts:
         return _NO_REWARDS.format(unrewarded) if unrewarded else None
     reason = _most(rollouts)

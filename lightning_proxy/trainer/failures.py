@@ -34,7 +34,14 @@ from lightning_proxy.store import (
     Span,
     failed_by_infrastructure,
 )
-from lightning_proxy.trainer.transitions import LeftOut, Reason, TrainableRollout, superseded
+from lightning_proxy.trainer.transitions import (
+    LeftOut,
+    Reason,
+    Terms,
+    TrainableRollout,
+    superseded,
+    to_compare_with,
+)
 
 _TRAIN = Consequence(Kind.TRAIN)
 _DEFAULTS = {
@@ -79,13 +86,15 @@ class Verdict:
 class Consequences:
     """The settings' consequences, applied to one run's rollouts; counts what it does."""
 
-    def __init__(self, training: Mapping[str, str], policy: str, left_out: LeftOut) -> None:
+    def __init__(self, training: Mapping[str, str], terms: Terms, left_out: LeftOut) -> None:
         """``training``: ``failures.training``. ``left_out`` gets what is dropped and masked."""
+        self._training = training
+        self._terms = terms
         own = {ErrorClass(name): consequence_of(name, text) for name, text in training.items()}
         self._of: Mapping[ErrorClass, Consequence] = {**_DEFAULTS, **own}
-        self._policy = policy
         self._left_out = left_out
         self._verdicts: dict[str, Verdict] = {}
+        self._former: dict[str, Sequence[RecordedRollout]] = {}  # companions, by rollout id
         self.counts = FailureCounts()
 
     def keep(self, recorded: Iterable[RecordedRollout]) -> list[RecordedRollout]:
@@ -95,6 +104,8 @@ class Consequences:
             verdict = self._verdicts[each.rollout.rollout_id] = self._judge(each)
             if verdict.dropped_for is None:
                 kept.append(each)
+                if each.companions:
+                    self._former[each.rollout.rollout_id] = each.companions
             else:
                 self.counts.dropped[verdict.dropped_for.value] += 1
                 self._left_out.rollouts[f"failure_{verdict.dropped_for.value}"] += 1
@@ -104,6 +115,20 @@ class Consequences:
         """What is kept, with its masks, parts and penalties; a rollout with nothing left to train is out."""
         applied = (self._applied(each, self._verdicts[each.rollout_id]) for each in rollouts)
         return [each for each in applied if each is not None]
+
+    def compared_with(self, former: Iterable[RecordedRollout]) -> list[TrainableRollout]:
+        """Members of earlier runs' groups, for comparison only, with the same said of their failures.
+
+        So all of a group have the penalties that these settings give. Nothing of it is counted: it was, by
+        the runs that trained on them.
+        """
+        others = Consequences(self._training, self._terms, LeftOut())
+        verdicts = [(each, others._judge(each)) for each in former]
+        return [
+            _with_penalties(to_compare_with(each, self._terms), verdict)
+            for each, verdict in verdicts
+            if verdict.dropped_for is None
+        ]
 
     def _judge(self, recorded: RecordedRollout) -> Verdict:
         calls = classes_of(recorded.spans)
@@ -116,7 +141,7 @@ class Consequences:
             failed_by = recorded.rollout.error_class
             if (fault := failed_by_infrastructure(failed_by, recorded.spans)) is not None:
                 return Verdict(dropped_for=fault)
-        own = {position for position, span in enumerate(recorded.spans) if span.policy == self._policy}
+        own = {position for position, span in enumerate(recorded.spans) if span.policy == self._terms.policy}
         counting = {
             position: [each for each in classes if position in own or each in INFRASTRUCTURE]
             for position, classes in calls.items()
@@ -165,12 +190,7 @@ class Consequences:
         return self._of.get(error_class, _TRAIN)
 
     def _applied(self, rollout: TrainableRollout, verdict: Verdict) -> TrainableRollout | None:
-        if verdict.penalties:
-            rollout = replace(
-                rollout,
-                value=rollout.value + sum(penalty.value for penalty in verdict.penalties),
-                payments=(*rollout.payments, *verdict.penalties),
-            )
+        rollout = _with_penalties(rollout, verdict)
         for span_id in dict.fromkeys(each.span_id for each in rollout.transitions):
             if (why := verdict.masked.get(span_id)) is not None:
                 self.counts.masked[why.value] += 1
@@ -183,7 +203,18 @@ class Consequences:
         if not trained:
             self._left_out.rollouts[Reason.NO_TRANSITION] += 1
             return None
-        return replace(rollout, transitions=trained)
+        former = self.compared_with(self._former.get(rollout.rollout_id, ()))
+        return replace(rollout, transitions=trained, companions=tuple(former))
+
+
+def _with_penalties(rollout: TrainableRollout, verdict: Verdict) -> TrainableRollout:
+    if not verdict.penalties:
+        return rollout
+    return replace(
+        rollout,
+        value=rollout.value + sum(penalty.value for penalty in verdict.penalties),
+        payments=(*rollout.payments, *verdict.penalties),
+    )
 
 
 def classes_of(spans: Sequence[Span]) -> dict[int, list[ErrorClass]]:

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from lightning_proxy.config.settings import Settings
-from lightning_proxy.store import Companion, PolicyVersion, RecordedRollout, RewardRule
+from lightning_proxy.store import PolicyVersion, RecordedRollout, RewardRule
+from lightning_proxy.trainer.ages import Ages
 from lightning_proxy.trainer.credit import Credit
 from lightning_proxy.trainer.drift import drifts
 from lightning_proxy.trainer.failures import Consequences, FailureCounts
@@ -27,7 +28,6 @@ from lightning_proxy.trainer.transitions import (
     Terms,
     TrainableRollout,
     Transition,
-    to_compare_with,
     trainable_rollouts,
 )
 
@@ -100,35 +100,50 @@ class Grouped:
         }
 
 
+class Members(Protocol):
+    """Asks who was last trained on in a group."""
+
+    def __call__(self, key: str, versions: Iterable[int | None] | None = None) -> Sequence[RecordedRollout]:
+        """By its key in the store; with ``versions`` those that one of these answered."""
+
+
 def grouped(
     recorded: Sequence[RecordedRollout],
     settings: Settings,
     parent: PolicyVersion | None,
-    recent: Callable[[str], Iterable[Companion]],
+    versions: Iterable[PolicyVersion],
+    members: Members,
 ) -> Grouped:
     """The rollouts that can be trained on, in groups; every other one is counted.
 
     What failed by no fault of the policy is dropped first, so that groups never hold it against anybody.
-    ``parent``: the version whose weights the update begins with, where that is known. ``recent``: who was
-    last trained on in a group of this key, for running baselines.
+    ``parent``: the version whose weights the update begins with, where that is known; ``versions``
+    are all of the policy's. ``members``: who was last trained on in a group.
     """
-    train, terms = settings.train, terms_of(settings, parent)
+    train, terms = settings.train, terms_of(settings, parent, versions)
     left_out = LeftOut()
-    consequences = Consequences(settings.failures.training, settings.policy.name, left_out)
+    consequences = Consequences(settings.failures.training, terms, left_out)
     rollouts = trainable_rollouts(consequences.keep(recorded), terms, left_out)
     rollouts = consequences.apply(rollouts)
     # A full drain must not be blocked for ever by groups that never grow.
     may_wait = len(recorded) < train.max_rollouts
     here = {rollout.rollout_id for rollout in rollouts}
+    near = None if terms.ages is None else terms.ages.near
+
+    def recent(key: str) -> list[TrainableRollout]:
+        return consequences.compared_with(members(key))
+
+    def former(key: str, versions: Collection[int | None] | None) -> list[TrainableRollout]:
+        return consequences.compared_with(members(key, near if versions is None else versions))
+
     grouping = form_groups(
         rollouts,
         min_size=train.min_group_size,
         may_wait=may_wait,
         left_out=left_out,
         credit=credit_of(settings),
-        recent=(lambda key: [to_compare_with(each, terms) for each in recent(key)])
-        if train.running_baseline
-        else None,
+        recent=recent if train.running_baseline else None,
+        former=former,
         lost=groups_of_recorded((each for each in recorded if each.rollout.rollout_id not in here), terms),
     )
     values = [each.value for each in recorded if each.value is not None]
@@ -147,15 +162,21 @@ def credit_of(settings: Settings) -> Credit:
     return Credit(train.credit, train.discount, train.group_by_role)
 
 
-def terms_of(settings: Settings, parent: PolicyVersion | None, *, sampled: bool = True) -> Terms:
-    """What calls must be to be trained on; ``sampled`` as in ``Terms``."""
+def terms_of(
+    settings: Settings,
+    parent: PolicyVersion | None,
+    versions: Iterable[PolicyVersion],
+    *,
+    sampled: bool = True,
+) -> Terms:
+    """What calls must be to be trained on; ``sampled`` as in ``Terms``. ``versions``: all of the policy."""
     model = settings.policy.model if parent is None else Path(parent.path)
     return Terms(
         settings.policy.name,
         settings.train.max_row_tokens,
         roles=settings.train.roles,
         version=None if parent is None else parent.version,
-        oldest_version=0 if parent is None else parent.version - settings.train.max_version_age,
+        ages=None if parent is None else Ages(parent, versions, settings.train.max_version_age),
         sampling_defaults=engine_defaults(model) if sampled else {},
         rule=RewardRule(**settings.reward_rule),
         normalised_prompts=settings.train.group_prompts == "normalised",

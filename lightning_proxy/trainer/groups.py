@@ -17,8 +17,9 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from lightning_proxy.store import RecordedRollout
 from lightning_proxy.trainer.advantages import compare
@@ -39,7 +40,10 @@ BY_PROMPT = "first_prompt"
 BY_NORMALISED_PROMPT = "normalised_prompt"
 RUNNING = "running"  # the store knows this word: recent_members
 
-Recent = Callable[[str], Sequence[TrainableRollout]]  # the last members of a group, by its key in the store
+# The last members of a group, by its key in the store; and those that these versions answered (None: any
+# version that is not too old).
+Recent = Callable[[str], Sequence[TrainableRollout]]
+Former = Callable[[str, Collection[int | None] | None], Sequence[TrainableRollout]]
 
 
 @dataclass(slots=True)
@@ -99,32 +103,29 @@ def form_groups(
     left_out: LeftOut,
     credit: Credit = IDENTICAL,
     recent: Recent | None = None,
+    former: Former | None = None,
     lost: Container[Group] = (),
 ) -> Grouping:
     """Group the rollouts and record group and method on each transition.
 
-    Groups smaller than ``min_size`` are for a later run, in which more of their task may have come;
-    with ``may_wait`` false they are left out for good. With ``recent`` those that only their prompt held
-    together get a running baseline instead. Groups whose returns are all equal, at every step and in every
-    role that is compared, are left out: every advantage in them is 0. Both are counted in ``left_out``.
-    A group of which members were left out before (``lost``) is one of those that are there: its mean and
-    deviation are theirs.
+    Groups smaller than ``min_size`` are for a later run, in which more of their task may have come; with
+    ``may_wait`` false they are left out for good, and always where all of them come again. With ``recent``
+    those that only their prompt held together get a running baseline instead. Groups whose returns are all
+    equal, at every step and in every role that is compared, are left out: every advantage in them is 0. All
+    are counted in ``left_out``. A group of which members were left out before (``lost``) is one of those that
+    are there: its mean and deviation are theirs.
 
-    A rollout that comes again after a late reward has left its group behind, in runs that have trained on
-    it. So the others of that group are members here too, with the returns that they have now and
-    ``baseline_only``: they count in the group's size and statistics, and are not trained on again.
+    Members that earlier runs trained on are members here too, with the returns that they have now and
+    ``baseline_only``: they count in the group's size and statistics, and are not trained on again. Such are
+    the companions of a rollout that comes again after a late reward; and, with ``former``, those that the
+    same versions answered, for a pass may have lain in the middle of a group. Where that is too few, so are
+    those that any version answered that is not too old: better a baseline of some updates ago than none.
     """
-    members = _by_group(rollouts, min_size if recent else 0)
-    present = {rollout.rollout_id for of_group in members.values() for rollout in of_group}
     kept: list[tuple[TrainableRollout, ...]] = []
     for_later: list[str] = []
     keys: dict[str, str] = {}
     counts = GroupCounts()
-    for group, own in members.items():
-        if recent and group.method == RUNNING:
-            others = [each for each in recent(_key(group)) if each.rollout_id not in present]
-        else:
-            others = _companions(own, present)
+    for group, (own, others) in _by_group(rollouts, min_size, recent, former).items():
         everyone = (*own, *others)
         trained = {place for rollout in own for place in _places(rollout, credit) if place}
         comparisons = compare(everyone, credit, min_size) if len(everyone) >= min_size else []
@@ -132,8 +133,10 @@ def form_groups(
         counts.of_one[group.method] += len(everyone) == 1
         if not comparisons:
             counts.too_small[group.method] += 1
-            left_out.rollouts[Reason.GROUP_TOO_SMALL] += len(own)
-            if may_wait:
+            left_behind = all(rollout.again for rollout in own)  # nobody will join them
+            gone = left_behind and len(everyone) < min_size
+            left_out.rollouts[Reason.GROUP_GONE if gone else Reason.GROUP_TOO_SMALL] += len(own)
+            if may_wait and not left_behind:
                 for_later += [rollout.rollout_id for rollout in own]
                 continue
         elif not any(comparison.differs for comparison in comparisons):
@@ -148,22 +151,55 @@ def form_groups(
     return Grouping(tuple(kept), tuple(for_later), keys, counts)
 
 
+class _Members(NamedTuple):
+    """Of a group: those of this run, and those of earlier ones, for comparison only."""
+
+    own: list[TrainableRollout]
+    others: list[TrainableRollout]
+
+
 def _by_group(
-    rollouts: Iterable[TrainableRollout], running_below: int
-) -> dict[Group, list[TrainableRollout]]:
-    """By task or prompt; the groups of a prompt that are smaller than that by their running baseline."""
+    rollouts: Iterable[TrainableRollout], min_size: int, recent: Recent | None, former: Former | None
+) -> dict[Group, _Members]:
+    """By task or prompt; with ``recent`` those of a prompt that are too few by their running baseline."""
     found: dict[Group, list[TrainableRollout]] = {}
     for rollout in rollouts:
         found.setdefault(group_of(rollout), []).append(rollout)
-    members: dict[Group, list[TrainableRollout]] = {}
+    present = {rollout.rollout_id for own in found.values() for rollout in own}
+    members: dict[Group, _Members] = {}
     for group, own in found.items():
-        size = len(own) + len(_companions(own, {each.rollout_id for each in own}))
-        runs = group.method != BY_TASK and size < running_below
+        others = _others(group, own, present, min_size, former)
+        runs = recent is not None and group.method != BY_TASK and len(own) + len(others) < min_size
         for rollout in own:
             into = _running(rollout) if runs else group
             tagged = tuple(replace(transition, group=into) for transition in rollout.transitions)
-            members.setdefault(into, []).append(replace(rollout, transitions=tagged))
+            of = members.setdefault(into, _Members([], [] if runs else others))
+            of.own.append(replace(rollout, transitions=tagged))
+    if recent is not None:
+        for group, of in members.items():
+            if group.method == RUNNING:
+                of.others.extend(each for each in recent(_key(group)) if each.rollout_id not in present)
     return members
+
+
+def _others(
+    group: Group,
+    own: Sequence[TrainableRollout],
+    present: Set[str],
+    min_size: int,
+    former: Former | None,
+) -> list[TrainableRollout]:
+    """Whom earlier runs trained on in this group, each once, but for who is here."""
+    companions = {each.rollout_id: each for rollout in own for each in rollout.companions}
+    found = companions
+    if former is not None:
+        answered_by = {each.policy_version for rollout in own for each in rollout.transitions}
+        for versions in (answered_by, None):
+            near = {each.rollout_id: each for each in former(_key(group), versions)}
+            found = companions | near
+            if len(own) + len(found.keys() - present) >= min_size:
+                break
+    return [each for rollout_id, each in found.items() if rollout_id not in present]
 
 
 def _places(rollout: TrainableRollout, credit: Credit) -> list[Place | None]:
@@ -186,17 +222,6 @@ def _with_comparison(
         left_out.rollouts[Reason.NO_TRANSITION] += 1
         return replace(rollout, transitions=(), baseline_only=True)
     return replace(rollout, transitions=kept)
-
-
-def _companions(members: Iterable[TrainableRollout], present: Container[str]) -> list[TrainableRollout]:
-    """What these were compared with in earlier runs, each once, but for what is here itself."""
-    found = {
-        companion.rollout_id: companion
-        for rollout in members
-        for companion in rollout.companions
-        if companion.rollout_id not in present
-    }
-    return list(found.values())
 
 
 def group_of(rollout: TrainableRollout) -> Group:

@@ -87,7 +87,8 @@ class Pass:
         enough = (
             "" if len(recorded) >= self.settings.train.min_rollouts else f"; {self._too_few(len(recorded))}"
         )
-        why = self._repetition() or advice(self._report, unrewarded=waiting.rollouts_unrewarded)
+        lacking = {"unrewarded": waiting.rollouts_unrewarded, "held": waiting.rollouts_held}
+        why = self._repetition() or advice(self._report, **lacking)
         return self.report(
             Outcome.DRY_RUN,
             f"{waiting.rollouts_ready} {self._ready} rollouts wait, {waiting.rollouts_unrewarded} have no "
@@ -131,7 +132,8 @@ class Pass:
         waiting = self.store.backlog(self.policy, demonstrated=self.settings.train.learns_from_demonstrations)
         if waiting.rollouts_ready < self.settings.train.min_rollouts:
             none = not waiting.rollouts_ready
-            why = advice(self._report, unrewarded=waiting.rollouts_unrewarded) if none else None
+            lacking = {"unrewarded": waiting.rollouts_unrewarded, "held": waiting.rollouts_held}
+            why = advice(self._report, **lacking) if none else None
             raise NothingToTrain(self._too_few(waiting.rollouts_ready) + (f"; {why}" if why else ""))
 
     def expect_something_new(self, before: TrainReport | None) -> None:

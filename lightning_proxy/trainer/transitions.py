@@ -11,7 +11,6 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from lightning_proxy.store import (
-    Companion,
     Fidelity,
     Generation,
     Payment,
@@ -19,6 +18,7 @@ from lightning_proxy.store import (
     RewardRule,
     Span,
 )
+from lightning_proxy.trainer.ages import Ages
 from lightning_proxy.trainer.prompts import normalised_prompt
 from lightning_proxy.trainer.sampling import (
     LOGPROBS_MODE,
@@ -38,6 +38,7 @@ class Reason(StrEnum):
     NO_TRANSITION = "no_transition"  # rollouts: each of its calls was left out
     GROUP_TOO_SMALL = "group_too_small"  # rollouts: nothing to compare them with
     ROLE_ALONE = "role_alone"  # calls of a role that too few of the group have a return for
+    GROUP_GONE = "group_gone"  # rollouts that come again, and those they were compared with were deleted
     GROUP_ALL_EQUAL = "group_all_equal"  # rollouts: the group's returns do not differ: no gradient
     ERROR = "error"  # calls that ended in an error
     SUPERSEDED = "superseded"  # calls whose answer the agent's SDK did not get, and tried again
@@ -53,7 +54,8 @@ class Reason(StrEnum):
     MALFORMED_SAMPLING = "malformed_sampling"  # calls with a sampling parameter that is no number
     UNKNOWN_LOGPROBS = "unknown_logprobs"  # calls sampled at another temperature, or cut, by an earlier
     # version, of which the engine told the logprobs of the model's own distribution
-    TOO_OLD = "too_old"  # calls that weights of more than max_version_age versions ago answered
+    TOO_OLD = "too_old"  # calls that weights more than max_version_age updates away answered
+    TRAINED_BEFORE = "trained_before"  # calls that a run has trained on for the return that it still has
     TOO_LONG = "too_long"  # generations whose prompt and response exceed max_row_tokens
     # Of SFT and DPO; calls that demonstrations and pairs are about are left out for the reasons above, too.
     BELOW_BEST = "below_best"  # rollouts: another of the group was worth more
@@ -129,7 +131,7 @@ class TrainableRollout:
     task_id: str | None
     value: float
     transitions: tuple[Transition, ...]
-    again: bool = False  # trained on before, for another return
+    again: bool = False  # trained on before, for another return or without its last calls
     companions: tuple[TrainableRollout, ...] = ()  # where again: its former group, for comparison only
     baseline_only: bool = False
     first_prompt_ids: array[int] | None = None  # of all steps, those too that are not trained on
@@ -185,7 +187,7 @@ class Terms:
     max_tokens: int  # of prompt and response together
     roles: tuple[str, ...] = ()  # none: all
     version: int | None = None  # whose weights the trainer has: what was sampled from them it can compute
-    oldest_version: int = 0  # what earlier ones sampled is too old
+    ages: Ages | None = None  # which versions are too old; None: none is
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # see `sampling.engine_defaults`
     rule: RewardRule = field(default_factory=RewardRule)
     normalised_prompts: bool = False  # rollouts of the same task are told by them
@@ -222,7 +224,6 @@ def _trainable(
         value,
         transitions,
         again=recorded.again,
-        companions=tuple(to_compare_with(each, terms) for each in recorded.companions),
         first_prompt_ids=first_prompt(steps),
         steps=tuple(Step(span.span_id, span.role) for span in steps),
         payments=terms.rule.payments(recorded.rewards),
@@ -231,16 +232,18 @@ def _trainable(
     )
 
 
-def to_compare_with(companion: Companion, terms: Terms) -> TrainableRollout:
-    """One that earlier runs trained on, for its return alone."""
+def to_compare_with(recorded: RecordedRollout, terms: Terms) -> TrainableRollout:
+    """One that an earlier run trained on, for its return alone. It has one."""
+    assert recorded.value is not None
+    steps = [recorded.spans[position] for position in steps_of(recorded.spans, terms)]
     return TrainableRollout(
-        companion.rollout_id,
-        None,
-        companion.value,
+        recorded.rollout.rollout_id,
+        recorded.rollout.task_id,
+        recorded.value,
         (),
         baseline_only=True,
-        steps=tuple(Step(*call) for call in companion.calls if not terms.roles or call[1] in terms.roles),
-        payments=terms.rule.payments(companion.rewards),
+        steps=tuple(Step(span.span_id, span.role) for span in steps),
+        payments=terms.rule.payments(recorded.rewards),
     )
 
 
@@ -277,7 +280,10 @@ def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -
         if reason := Reason.SUPERSEDED if position in unseen else why_not_span(span, terms):
             left_out.calls[reason] += 1
             continue
-        if span.policy_version is not None and span.policy_version < terms.oldest_version:
+        if recorded.trained_until is not None and (span.span_id or 0) <= recorded.trained_until:
+            left_out.calls[Reason.TRAINED_BEFORE] += 1
+            continue
+        if terms.ages is not None and terms.ages.too_old(span.policy_version):
             left_out.calls[Reason.TOO_OLD] += 1
             continue
         sampling = sampling_of(span.sampling, terms.sampling_defaults) if terms.sampled else PLAIN

@@ -33,7 +33,7 @@ def host(log: Path) -> Iterator[AgentHost]:
     with (
         log.open("wb") as file,
         AgentHost(
-            script=AGENT, log=file, no_certificates=log.parent / "none", concurrency=4, timeout_s=20
+            script=AGENT, log=file, no_certificates=log.parent / "none", concurrency=4, timeout_s=120
         ) as started,
     ):
         yield started
@@ -97,7 +97,7 @@ def test_run_by_hand_the_agent_queries_the_database_and_answers(
         env={**os.environ, "OPENAI_BASE_URL": f"{proxy.url}/rollout/r-1/v1", "OPENAI_API_KEY": "any"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

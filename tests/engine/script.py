@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -15,7 +16,8 @@ class Script:
     """One request's fate. Everything at its default is an ordinary answer.
 
     It comes by ``EngineThread.script(...)``, as JSON by ``POST /_script`` (with ``times`` and
-    ``path``), or as JSON in the request's ``x-fake-engine`` header.
+    ``path``), or as JSON in the request's ``x-fake-engine`` header. What a test opens while it runs
+    comes by ``EngineThread.script(...)`` alone.
     """
 
     # The reply.
@@ -46,6 +48,8 @@ class Script:
     # Time.
     delay_s: float = 0.0  # before the first byte
     chunk_delay_s: float = 0.0  # before each event of a stream, or each token of a whole answer
+    until: threading.Event | None = None  # before the first byte, until a test sets it
+    pace: threading.Semaphore | None = None  # likewise, one for each event or token
 
     @staticmethod
     def from_json(text: str | bytes) -> Script:

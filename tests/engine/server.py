@@ -35,6 +35,7 @@ MODEL_CALLS = ("/v1/chat/completions", "/v1/completions", MESSAGES, RESPONSES)
 _ID = "0123456789abcdef" * 2  # stands in a prepared answer until the answer goes out
 _CREATED = 1_700_000_000
 KEPT_REQUESTS = 10_000
+LOOK_AGAIN_S = 0.005  # for what a test opens in another thread
 
 
 class FakeEngine:
@@ -129,6 +130,8 @@ class FakeEngine:
             await connection.answer_json(400, shapes.error(400, f"bad {HEADER}: {error}"))
             return
         await connection.sleep(script.delay_s)
+        while script.until is not None and not script.until.is_set():
+            await connection.sleep(LOOK_AGAIN_S)
         if script.reset:
             connection.reset()
         elif script.status is not None:
@@ -206,7 +209,7 @@ class FakeEngine:
 
     async def _whole(self, request: Request, connection: Connection, script: Script) -> None:
         switches: list[tuple[int, int]] = []
-        if script.chunk_delay_s:
+        if script.chunk_delay_s or script.pace is not None:
             length = len(self._reply(request, script, ()).choices[0].steps)
             async for step in self._paced(connection, script, length):
                 self._note_switch(switches, step)
@@ -263,6 +266,8 @@ class FakeEngine:
         for i in range(count):
             if script.chunk_delay_s:
                 await connection.sleep(script.chunk_delay_s)
+            while script.pace is not None and not script.pace.acquire(blocking=False):
+                await connection.sleep(LOOK_AGAIN_S)
             if not self._running.is_set() and self._pause_mode == "keep":
                 await connection.wait(self._running.wait())
             yield i

@@ -23,7 +23,7 @@ EXACT: dict[str, Any] = {"return_token_ids": True, "logprobs": True}
 def post(url: str, body: dict[str, Any], script: Script | None = None) -> bytes:
     headers = {"content-type": "application/json", **(script.to_header() if script else {})}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         read: bytes = response.read()
     return read
 
@@ -117,7 +117,7 @@ def test_a_scripted_error_keeps_its_headers_and_is_used_once(engine: EngineThrea
 
 
 def test_what_the_engine_cannot_read_ends_the_connection(engine: EngineThread) -> None:
-    with socket.create_connection(("127.0.0.1", engine.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", engine.port), timeout=60) as connection:
         connection.sendall(b"nonsense\r\n\r\n")
         assert connection.recv(1) == b""
 
@@ -173,11 +173,11 @@ def test_a_bad_reload_leaves_health_good_and_kills_at_the_next_inference(
     with pytest.raises(urllib.error.HTTPError) as error:
         post(f"{engine.url}/collective_rpc", reload)
     error.value.close()
-    assert urllib.request.urlopen(f"{engine.url}/health", timeout=5).status == 200
+    assert urllib.request.urlopen(f"{engine.url}/health", timeout=60).status == 200
     with pytest.raises((ConnectionError, urllib.error.URLError)):
         chat(engine, BODY)
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"{engine.url}/health", timeout=5)
+        urllib.request.urlopen(f"{engine.url}/health", timeout=60)
 
 
 def test_other_paths_are_echoed_and_everything_is_noted(engine: EngineThread) -> None:
@@ -269,7 +269,7 @@ def test_responses_are_kept_where_that_was_asked_for(
     for keeps in (True, False):
         engine = make_engine(FakeEngine(store_responses=keeps))
         response_id = json.loads(post(f"{engine.base_url}/responses", RESPONSES))["id"]
-        connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=60)
         connection.request("GET", f"/v1/responses/{response_id}")
         answer = connection.getresponse()
         assert answer.status == (200 if keeps else 404)

@@ -20,7 +20,7 @@ class EngineThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fake-engine", daemon=True)
         self._thread.start()
-        self.port = asyncio.run_coroutine_threadsafe(engine.start(port), self._loop).result(10)
+        self.port = asyncio.run_coroutine_threadsafe(engine.start(port), self._loop).result(30)
 
     @property
     def url(self) -> str:
@@ -59,7 +59,7 @@ class EngineThread:
 
         return asyncio.run_coroutine_threadsafe(drop(), self._loop).result(10)
 
-    def wait_for_calls(self, count: int, timeout_s: float = 10.0) -> list[Request]:
+    def wait_for_calls(self, count: int, timeout_s: float = 60.0) -> list[Request]:
         """Block until that many model calls have come. Raises ``TimeoutError``."""
         deadline = time.monotonic() + timeout_s
         while len(self.calls) < count:
@@ -79,7 +79,7 @@ class EngineThread:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-        asyncio.run_coroutine_threadsafe(stop(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(stop(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()

@@ -61,6 +61,7 @@ def run(proxy: ProxyThread, python: str, tmp_path: Path) -> Callable[[str, Any],
                 no_certificates=tmp_path / "none",
                 script=experiment.HERE / name / "agent.py",
                 python=python,
+                timeout_s=240.0,  # of which a busy machine imports a framework for the most part
             ) as host,
         ):
             (result,) = sample(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,22 @@ elif what == "change":
 """
 
 
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[AgentHost]:
-    script = tmp_path / "script.py"
+@contextmanager
+def started(folder: Path, timeout_s: float) -> Iterator[AgentHost]:
+    script = folder / "script.py"
     script.write_text(SCRIPT)
     with (
-        (tmp_path / "log").open("wb") as log,
+        (folder / "log").open("wb") as log,
         AgentHost(
-            log=log, no_certificates=tmp_path / "none", script=script, concurrency=3, timeout_s=2.0
-        ) as it,
+            log=log, no_certificates=folder / "none", script=script, concurrency=3, timeout_s=timeout_s
+        ) as host,
     ):
+        yield host
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[AgentHost]:
+    with started(tmp_path, timeout_s=120.0) as it:
         yield it
 
 
@@ -58,7 +65,6 @@ def test_runs_end_as_they_would_on_their_own(host: AgentHost, tmp_path: Path) ->
         _job("a", "say", "one", "two"),
         _job("b", "crash"),
         _job("c", "exit", "7"),
-        _job("d", "sleep"),
         _job("e", "change"),
         _job("f", "say"),
         _job("g", "leave"),
@@ -66,12 +72,17 @@ def test_runs_end_as_they_would_on_their_own(host: AgentHost, tmp_path: Path) ->
         "a": (0, "a one two \n"),
         "b": (1, ""),
         "c": (7, ""),
-        "d": ("timeout", ""),
         "e": (0, ""),
         "f": (0, "f \n"),
         "g": (0, "left\n"),  # what it left behind is not waited for
     }
     assert "ValueError: oh no" in (tmp_path / "log").read_text()
+
+
+def test_a_run_that_takes_too_long_is_ended_and_the_next_one_takes_its_place(tmp_path: Path) -> None:
+    with started(tmp_path, timeout_s=0.3) as host:
+        jobs = [_job(str(number), "sleep") for number in range(4)]
+        assert set(_run(host, *jobs).values()) == {("timeout", "")}
 
 
 def test_more_jobs_than_fit_into_a_pipe_are_all_run(host: AgentHost) -> None:

@@ -40,7 +40,7 @@ def test_an_answer_is_right_if_it_equals_the_gold_result(
 def _grade(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lightning_proxy.experiment.grade", "--url", url]
     command += ["--tasks", str(folder / "tasks"), "--results", str(folder / "results")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture

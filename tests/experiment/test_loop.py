@@ -18,6 +18,7 @@ from lightning_proxy.experiment.curve import ExperimentResult, Iteration, descri
 from lightning_proxy.experiment.loop import Reports
 from lightning_proxy.experiment.processes import Children, ExperimentFailed, run_to_end
 from lightning_proxy.experiment.workdir import prepare, write_config
+from tests.conftest import wait_until
 
 MODEL = Path(lightning_proxy.demo.__file__).with_name("weights")
 RESULT = ExperimentResult(
@@ -113,15 +114,11 @@ def test_children_and_their_children_end_with_the_context(tmp_path: Path) -> Non
         while not (text := (tmp_path / "log").read_text().strip()):
             children.check()
             time.sleep(0.02)
-    for _ in range(100):
-        if not _runs(int(text)):
-            break
-        time.sleep(0.02)
-    assert not _runs(int(text))
+    wait_until(lambda: not _runs(int(text)))
 
 
 def _check_for_long(children: Children) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         children.check()
         time.sleep(0.02)
@@ -158,5 +155,5 @@ with ended_by_signals(), Children() as children:
         assert demo.stdout is not None
         pid = int(demo.stdout.readline())
         os.kill(demo.pid, signal.SIGTERM)
-        assert demo.wait(20) == 128 + signal.SIGTERM
+        assert demo.wait(60) == 128 + signal.SIGTERM
     assert not _runs(pid)

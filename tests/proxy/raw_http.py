@@ -172,6 +172,19 @@ def send(
         return Answer(response.status, response.reason, head, call.rest())
 
 
+def leave_early(
+    url: str, target: str, body: object = b"", headers: Headers = JSON, *, once: Callable[[], bool]
+) -> None:
+    """Post a request, and hang up without an answer as soon as something has come about."""
+    parts = urlsplit(url)
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"POST {target} HTTP/1.1", "Host: x", *(f"{name}: {value}" for name, value in headers)]
+    lines += [f"Content-Length: {len(raw)}", "", ""]
+    with socket.create_connection((parts.hostname or "", parts.port)) as agent:
+        agent.sendall("\r\n".join(lines).encode() + raw)
+        wait_until(once)
+
+
 CUT = (http.client.IncompleteRead, http.client.RemoteDisconnected, ConnectionError)
 
 

@@ -120,7 +120,7 @@ def test_an_agent_of_http_1_0_sees_a_cut_as_well(
 ) -> None:
     with cutting(FRAMINGS[framing], by) as upstream:
         proxy = make_proxy(upstream.base_url)
-        with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=10) as agent:
+        with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=60) as agent:
             raw = json.dumps(HELLO).encode()
             agent.sendall(f"POST {target} HTTP/1.0\r\nContent-Length: {len(raw)}\r\n\r\n".encode() + raw)
             got, was_reset = read_to_end(agent)
@@ -149,7 +149,7 @@ def test_an_agent_that_leaves_before_the_end_stops_the_generation(
 ) -> None:
     engine.script(Script(chunk_delay_s=0.05, tokens=2000))
     raw = json.dumps(body).encode()
-    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=10) as agent:
+    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=60) as agent:
         agent.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n".encode() + raw)
         got = b""
         while body is STREAM and got.count(b'"content":"') < 3:  # the first one only names the role
@@ -181,7 +181,7 @@ def test_an_answer_that_has_said_its_last_word_is_read_out_though_the_agent_has_
     def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
         calls.append(connection)
         connection.sendall(STREAM_HEAD + http_chunks(DELTA, LAST, end=False))
-        left.wait(10)
+        left.wait(60)
         connection.sendall(http_chunks(b": one more comment\n\n"))
         return True
 
@@ -208,9 +208,9 @@ def test_every_piece_goes_out_at_once(make_proxy: MakeProxy, target: str) -> Non
     def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
         connection.sendall(STREAM_HEAD)
         for _ in range(50):
-            assert seen.acquire(timeout=10), "a piece was held back"
+            assert seen.acquire(timeout=60), "a piece was held back"
             connection.sendall(http_chunks(DELTA, end=False))
-        assert seen.acquire(timeout=10)
+        assert seen.acquire(timeout=60)
         connection.sendall(http_chunks(LAST))
         return True
 
@@ -287,7 +287,7 @@ def test_an_upload_that_waits_for_100_continue_passes_an_engine_that_does_not_kn
 
     with raw_upstream(answer) as upstream:
         proxy = make_proxy(upstream.base_url)
-        with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=10) as agent:
+        with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=60) as agent:
             agent.sendall(f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n"
                           "Expect: 100-continue\r\n\r\n".encode())  # fmt: skip
             assert agent.recv(1000).startswith(b"HTTP/1.1 100")
@@ -299,7 +299,7 @@ def test_an_upload_that_waits_for_100_continue_passes_an_engine_that_does_not_kn
 @pytest.mark.parametrize("target", TARGETS)
 def test_trailers_of_an_upload_do_no_harm(engine: EngineThread, proxy: ProxyThread, target: str) -> None:
     raw = json.dumps(HELLO).encode()
-    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=10) as agent:
+    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=60) as agent:
         agent.sendall(f"POST {target} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
         agent.sendall(http_chunks(raw)[:-2] + b"X-Checksum: 1\r\n\r\n")
         assert agent.recv(1000).startswith(b"HTTP/1.1 200")

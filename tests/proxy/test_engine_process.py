@@ -60,7 +60,7 @@ async def running(process: EngineProcess) -> AsyncIterator[asyncio.Task[None]]:
 async def get(process: EngineProcess, path: str) -> str:
     def read() -> str:
         url = process.url.removesuffix("/v1") + path
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             return str(response.read().decode())
 
     return await asyncio.to_thread(read)
@@ -79,7 +79,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-async def gone(*pids: int, within_s: float = 5.0) -> bool:
+async def gone(*pids: int, within_s: float = 60.0) -> bool:
     deadline = time.monotonic() + within_s
     while any(alive(pid) for pid in pids):
         if time.monotonic() > deadline:
@@ -89,7 +89,7 @@ async def gone(*pids: int, within_s: float = 5.0) -> bool:
 
 
 async def not_ready(process: EngineProcess) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while process.ready.is_set():  # noqa: ASYNC110 - the Event tells of its setting only
             await asyncio.sleep(0.01)
 
@@ -97,10 +97,11 @@ async def not_ready(process: EngineProcess) -> None:
 async def test_a_stop_ends_the_engine_and_its_children(tmp_path: Path) -> None:
     process = engine(tmp_path)
     async with running(process):
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), 60)
         pids = [int(pid) for pid in (await get(process, "/children")).split()]
         assert all(alive(pid) for pid in pids)
-    assert not any(alive(pid) for pid in pids)
+    assert not alive(pids[0])
+    assert await gone(*pids)  # its children were killed, and die when they are scheduled
     assert not process.ready.is_set()
     assert "serving weights" in (tmp_path / "logs" / "engine.log").read_text()
 
@@ -116,13 +117,13 @@ async def test_an_engine_that_died_comes_back_with_the_weights_active_then(tmp_p
 
     process.on_ready, process.on_down = (lambda: note("ready")), (lambda: note("down"))
     async with running(process):
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), 60)
         assert await get(process, "/model") == "version-0"
         _, orphan = (int(pid) for pid in (await get(process, "/children")).split())
         await get_and_lose(process, "/die")
         await not_ready(process)
         assert await gone(orphan)
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), 60)
         assert await get(process, "/model") == "version-1"
     assert events == ["ready", "down", "ready", "down"]
 
@@ -130,18 +131,18 @@ async def test_an_engine_that_died_comes_back_with_the_weights_active_then(tmp_p
 async def test_an_engine_whose_core_is_dead_is_replaced_though_its_server_answers(tmp_path: Path) -> None:
     process = engine(tmp_path)
     async with running(process):
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), 60)
         first = await get(process, "/children")
         await get(process, "/kill-core")
         await not_ready(process)
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), 60)
         assert await get(process, "/children") != first
 
 
 async def test_an_engine_that_keeps_dying_is_given_up_with_the_last_lines_of_its_log(tmp_path: Path) -> None:
     process = engine(tmp_path, "crash", max_restarts=2)
     with pytest.raises(EngineDied) as error:
-        await asyncio.wait_for(process.run(), 20)
+        await asyncio.wait_for(process.run(), 60)
     assert "exit code 7, 3 time(s)" in str(error.value)
     assert "out of memory, as it were" in str(error.value)
 
@@ -149,19 +150,19 @@ async def test_an_engine_that_keeps_dying_is_given_up_with_the_last_lines_of_its
 async def test_an_engine_that_is_never_healthy_is_given_up_after_the_start_timeout(tmp_path: Path) -> None:
     process = engine(tmp_path, "never-healthy", max_restarts=0, start_timeout_s=0.5)
     with pytest.raises(EngineDied, match=r"not healthy within 0\.5 s"):
-        await asyncio.wait_for(process.run(), 20)
+        await asyncio.wait_for(process.run(), 60)
 
 
 async def test_killing_the_guard_and_the_server_leaves_nobody_behind(tmp_path: Path) -> None:
     process = engine(tmp_path)
     async with running(process):
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), 60)
         server, child = (int(pid) for pid in (await get(process, "/children")).split())
         os.kill(os.getsid(server), signal.SIGKILL)
         os.kill(server, signal.SIGKILL)
         await not_ready(process)
         assert await gone(server, child)
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), 60)
 
 
 def test_killing_the_proxy_takes_the_engine_and_its_children_along(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ asyncio.run(main())
     assert proxy.stdout is not None
     with proxy, proxy.stdout:
         assert proxy.stdout.readline() == "ready\n"
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/children", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/children", timeout=60) as response:
             pids = [int(pid) for pid in response.read().split()]
         proxy.send_signal(signal.SIGKILL)
         proxy.wait()
@@ -204,7 +205,7 @@ def test_a_deaf_engine_is_killed_when_the_grace_is_over() -> None:
     with guard, guard.stdout:
         assert "serving" in guard.stdout.readline()
         guard.stdin.close()
-        assert guard.wait(10) == 128 + signal.SIGKILL
+        assert guard.wait(60) == 128 + signal.SIGKILL
 
 
 # --- the command line ---------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_the_real_process_cuts_and_notices_hang_ups_as_well(
     for streamed in (False, True):
         with pytest.raises(CUT):
             send(proxy_process.url, CHAT, {**HELLO, "stream": streamed}, [*JSON, *cut.items()])
-    engine.script(Script(chunk_delay_s=0.05))
+    engine.script(Script(chunk_delay_s=0.05, tokens=2000))  # longer than anybody takes to notice
     with Call(proxy_process.url, CHAT, STREAM) as call:
         call.read_until(b'"content":"')
         call.hang_up(reset=by == "reset")
@@ -118,7 +118,7 @@ def test_a_cut_after_done_leaves_one_whole_span(make_proxy: MakeProxy, end: str)
 
     def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
         connection.sendall(STREAM_HEAD + http_chunks(FINISHED, end=False))
-        over.wait(5)
+        over.wait(60)
         return False  # the last, empty chunk never comes
 
     with raw_upstream(answer) as upstream:
@@ -435,7 +435,7 @@ def test_a_connection_that_dies_just_as_it_is_used_again_is_not_the_agents_troub
 def test_an_agent_that_hangs_up_in_mid_stream_stops_the_generation(
     engine: EngineThread, proxy: ProxyThread, reset: bool
 ) -> None:
-    engine.script(Script(chunk_delay_s=0.05))
+    engine.script(Script(chunk_delay_s=0.05, tokens=2000))  # longer than anybody takes to notice
     with Call(proxy.url, f"/rollout/r1{CHAT}", STREAM) as call:
         call.read_until(b'"content":"')
         call.hang_up(reset=reset)

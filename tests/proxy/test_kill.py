@@ -19,14 +19,15 @@ from urllib.parse import urlsplit
 import pytest
 
 from lightning_proxy.store import Store
-from tests.conftest import MakeProxyProcess, ProxyProcess
+from tests.conftest import MakeProxyProcess, ProxyProcess, wait_until
 from tests.proxy.raw_http import HELLO
 
 pytestmark = pytest.mark.drill
 
 ROUNDS = 6
 CLIENTS = 8
-LOAD_S = (0.2, 0.9)  # how long a round runs before the kill
+LOAD = 2 * CLIENTS  # answers of a round at least
+LOAD_S = (0.1, 0.8)  # how long it runs from then on, before the kill
 
 
 @dataclass
@@ -117,7 +118,7 @@ def test_killing_the_proxy_loses_nothing_that_anybody_was_told_of(
     begun = time.monotonic()
     for _ in range(ROUNDS):
         proxy = make_proxy_process(engine_url)
-        under_load(clients, proxy, draw.uniform(*LOAD_S))
+        under_load(clients, seen, proxy, draw.uniform(*LOAD_S))
     proxy = make_proxy_process(engine_url)
     repeated = len(seen.unsure)
     post_again(proxy, seen)
@@ -129,24 +130,27 @@ def test_killing_the_proxy_loses_nothing_that_anybody_was_told_of(
     )
 
 
-def under_load(clients: list[Client], proxy: ProxyProcess, seconds: float) -> None:
+def under_load(clients: list[Client], seen: Seen, proxy: ProxyProcess, seconds: float) -> None:
     """Let the clients loose, and kill the proxy in the middle of it."""
-    stop = threading.Event()
+    stop, before = threading.Event(), len(seen.whole)
     threads = [threading.Thread(target=client.run, args=(proxy.url, stop)) for client in clients]
     for thread in threads:
         thread.start()
-    time.sleep(seconds)
-    proxy.kill()
-    stop.set()
+    try:
+        wait_until(lambda: len(seen.whole) >= before + LOAD)
+        time.sleep(seconds)
+    finally:
+        proxy.kill()
+        stop.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
 def post_again(proxy: ProxyProcess, seen: Seen) -> None:
     """Whoever had no answer posts again, with the same key."""
     parts = urlsplit(proxy.url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
     for key, (response_id, value) in list(seen.unsure.items()):
         post_reward(connection, key, response_id, value)
         seen.acknowledged[key] = value

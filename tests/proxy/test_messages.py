@@ -372,7 +372,7 @@ def test_an_error_inside_a_stream_is_an_error_event_and_no_end(
 def test_an_agent_that_hangs_up_stops_the_generation(
     engine: EngineThread, proxy: ProxyThread, fields: Json
 ) -> None:
-    engine.script(Script(chunk_delay_s=0.05), path=MESSAGES if fields else CHAT)
+    engine.script(Script(chunk_delay_s=0.05, tokens=2000), path=MESSAGES if fields else CHAT)
     with Call(proxy.url, MESSAGES, body_of(fields, True)) as call:
         call.read_until(b"text_delta")
         call.hang_up()

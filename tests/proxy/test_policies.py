@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -146,7 +147,8 @@ def test_only_the_calls_of_the_policy_whose_weights_change_are_held(two: Two) ->
     proxy = two.proxy()
     with proxy.store() as store, ThreadPoolExecutor(2) as pool:
         two.stage(store, CHECKER, 1)
-        two.engines[CHECKER].script(Script(delay_s=2.0), path=RELOAD)
+        loaded = threading.Event()
+        two.engines[CHECKER].script(Script(until=loaded), path=RELOAD)
         promotion = pool.submit(promote, proxy, CHECKER, 1)
         wait_until(lambda: any(request.path == RELOAD for request in two.engines[CHECKER].requests))
         held = pool.submit(chat, proxy, prefix="/rollout/r1/role/checker")
@@ -156,6 +158,7 @@ def test_only_the_calls_of_the_policy_whose_weights_change_are_held(two: Two) ->
         ready, stats = send(proxy.url, "/readyz"), send(proxy.url, "/api/stats").json
         assert not promotion.done()
         assert not held.done()
+        loaded.set()
         assert promotion.result().status == 200
         assert held.result().status == 200
     assert (ready.status, ready.json["waits_for"]) == (503, ["weights are changing (checker)"])

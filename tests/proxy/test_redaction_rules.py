@@ -381,7 +381,11 @@ def test_a_bad_rule_keeps_the_proxy_from_starting(rule: Json, said: str, tmp_pat
 secrets = st.from_regex(r"\A[A-Za-zé漢][A-Za-z0-9é漢._%+-]{5,20}@[a-z][a-z0-9-]{1,10}\.[a-z]{2,6}\Z")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     secret=secrets,
     before=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),

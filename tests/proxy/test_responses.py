@@ -438,7 +438,7 @@ def test_an_agent_that_hangs_up_cancels_its_generation(
     engine: EngineThread, proxy: ProxyThread, body: Json
 ) -> None:
     ask(proxy.url, body)
-    script = Script(chunk_delay_s=0.05)
+    script = Script(chunk_delay_s=0.05, tokens=2000)  # longer than anybody takes to notice
     headers = [*JSON, *script.to_header().items()]
     with Call(proxy.url, PATH, {**body, "stream": True}, headers) as call:
         call.read_until(b"output_text.delta")

@@ -57,7 +57,7 @@ def test_a_tool_call_that_nobody_answers_is_a_silent_death_unless_it_was_what_wa
 def test_an_agent_that_left_in_the_middle_of_an_answer_and_never_came_back_died(
     engine: EngineThread, swept: ProxyThread
 ) -> None:
-    engine.script(Script(chunk_delay_s=0.05))
+    engine.script(Script(chunk_delay_s=0.05, tokens=2000))  # longer than anybody takes to notice
     with Call(swept.url, f"/rollout/r1{CHAT}", {**HELLO, "stream": True}) as call:
         call.read_until(b'"content":"')
         call.hang_up()

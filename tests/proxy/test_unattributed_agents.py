@@ -16,7 +16,7 @@ from lightning_proxy.trainer.transitions import LeftOut, Reason, Terms, transiti
 from tests.conftest import MakeProxy, MakeProxyProcess, ProxyThread
 from tests.engine import EngineThread, Script
 from tests.proxy.agents import STYLES, TURNS, Agent, Resend, exact, renamed
-from tests.proxy.raw_http import CHAT, HELLO, JSON, Call, chat, recorded, send
+from tests.proxy.raw_http import CHAT, HELLO, JSON, chat, leave_early, recorded, send
 
 
 def take_turns(agents: list[Agent], *urls: str) -> None:
@@ -186,9 +186,8 @@ def test_a_first_call_that_failed_and_its_retries_are_one_rollout(
 def test_a_retry_after_the_clients_own_timeout_is_of_the_same_rollout(
     engine: EngineThread, proxy: ProxyThread
 ) -> None:
-    engine.script(Script(delay_s=30.0))
-    with pytest.raises(TimeoutError):
-        Call(proxy.url, CHAT, HELLO, [*JSON, retried(0)], timeout=0.2)
+    engine.script(Script(delay_s=600.0))
+    leave_early(proxy.url, CHAT, HELLO, [*JSON, retried(0)], once=lambda: len(engine.calls) == 1)
     assert recorded(proxy)[0].error_class == "client_disconnect"
     send(proxy.url, CHAT, HELLO, [*JSON, retried(1)])
     lost, answered = recorded(proxy, 2)

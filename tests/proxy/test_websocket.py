@@ -144,7 +144,7 @@ async def test_a_key_of_ours_does_not_travel_and_the_upstreams_own_does(make_pro
 @contextmanager
 def upgraded(proxy: ProxyThread, early: bytes = b"") -> Iterator[socket.socket]:
     """An agent's connection that has asked for an upgrade, and sent ``early`` without waiting."""
-    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=10) as agent:
+    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=60) as agent:
         lines = [f"GET {RESPONSES} HTTP/1.1", "Host: x", *(f"{k}: {v}" for k, v in UPGRADE), "", ""]
         agent.sendall("\r\n".join(lines).encode() + early)
         yield agent
@@ -191,7 +191,7 @@ def test_every_byte_passes_and_so_does_the_end(make_proxy: MakeProxy) -> None:
             agent.sendall(big)
             assert read_exactly(agent, len(big)) == big[::-1]
             agent.sendall(b"last")
-        assert over.wait(10)
+        assert over.wait(60)
     assert sorted(head.lower().split(b"\r\n")[1:]) == sorted(
         line
         for line in ACCEPTED.lower().split(b"\r\n")[1:] + re.findall(rb"(?m)^date: .*(?=\r)", head.lower())
@@ -294,7 +294,7 @@ def test_an_upstream_that_is_down_is_a_502(make_proxy: MakeProxy) -> None:
 def test_the_connection_is_good_for_a_call_over_http_after_a_refusal(
     engine: EngineThread, proxy: ProxyThread
 ) -> None:
-    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=10) as agent:
+    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=60) as agent:
         for expected in (b"426", b"200", b"426", b"200"):
             upgrade = [f"{k}: {v}" for k, v in UPGRADE] if expected == b"426" else []
             agent.sendall("\r\n".join([f"GET {RESPONSES} HTTP/1.1", "Host: x", *upgrade, "", ""]).encode())

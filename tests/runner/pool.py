@@ -129,4 +129,4 @@ def summary_of(runner: subprocess.Popen[str], timeout_s: float, code: int = 0) -
 def kill(runner: subprocess.Popen[str]) -> None:
     """kill -9, for the runner alone."""
     runner.send_signal(signal.SIGKILL)
-    runner.communicate(timeout=20)
+    runner.communicate(timeout=60)

@@ -45,7 +45,7 @@ def lives(pid: int) -> bool:
 
 
 def number_in(file: Path) -> int:
-    wait_until(lambda: file.exists() and file.read_text().endswith("\n"), 20)
+    wait_until(lambda: file.exists() and file.read_text().endswith("\n"))
     return int(file.read_text())
 
 
@@ -140,7 +140,7 @@ def test_agents_of_a_runner_that_is_killed_end_with_their_children(tmp_path: Pat
     pids = [number_in(tmp_path / str(number)) for number in range(3)]
     assert all(lives(pid) for pid in pids)
     os.killpg(runner.pid, signal.SIGKILL)
-    runner.communicate(timeout=20)
+    runner.communicate(timeout=60)
     wait_until(lambda: not any(lives(pid) for pid in pids))
 
 
@@ -148,7 +148,7 @@ def test_a_warden_that_was_ended_is_noticed(tmp_path: Path) -> None:
     warden = Warden()
     warden.check()
     warden._process.kill()
-    warden._process.wait(10)
+    warden._process.wait(60)
     with pytest.raises(InvalidInput, match="was ended"):
         warden.check()
     warden.close()

@@ -140,7 +140,7 @@ def start_run(proxy: FakeProxy, program: str) -> subprocess.Popen[str]:
 
 def test_standard_streams_pass_through(proxy: FakeProxy) -> None:
     program = "import sys; print(sys.stdin.read().upper()); print('careful', file=sys.stderr)"
-    out, err = start_run(proxy, program).communicate("hello", timeout=20)
+    out, err = start_run(proxy, program).communicate("hello", timeout=60)
     assert (out, err) == ("HELLO\n", "careful\n")
 
 
@@ -158,7 +158,7 @@ def test_a_signal_reaches_the_command_and_cancels_the_rollout(
     assert run.stdout is not None
     assert run.stdout.readline() == "up\n"
     run.send_signal(signum)
-    out, _ = run.communicate(timeout=20)
+    out, _ = run.communicate(timeout=60)
     assert out == f"got {int(signum)}\n"
     assert run.returncode == 5
     assert end_of(proxy) == ("cancelled", f"stopped by {signum.name}")
@@ -210,7 +210,7 @@ def test_a_store_that_does_not_write_for_a_moment_is_waited_for(proxy: FakeProxy
     pool = Pool(ProxyClient(proxy.url), "worker", 60.0)
 
     def mended() -> None:
-        wait_until(lambda: len(proxy.requests) >= 2)
+        wait_until(lambda: len(proxy.requests) >= 3)
         proxy.answers["POST"] = (200, b'{"assignments": []}')
 
     threading.Thread(target=mended, daemon=True).start()

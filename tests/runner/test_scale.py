@@ -53,10 +53,11 @@ def tasks() -> list[dict[str, Any]]:
     limits = {"timeout_s": 30.0, "silence_s": 20.0}
     short = {
         "hang": {"timeout_s": 2.0},
-        "hang_once": {"timeout_s": 6.0},
+        # What comes to its end at the second attempt may take its time for that.
+        "hang_once": {"timeout_s": 12.0},
         "stubborn": {"timeout_s": 2.0},
         "silent": {"silence_s": 2.0},
-        "silent_once": {"silence_s": 6.0},
+        "silent_once": {"silence_s": 12.0},
     }
     kinds = itertools.islice(itertools.cycle(MIX), TASKS)
     return [

@@ -67,7 +67,7 @@ def start_script(script: str, *arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def output_of(process: subprocess.Popen[str], *, returncode: int = 0, timeout_s: float = 30.0) -> list[str]:
+def output_of(process: subprocess.Popen[str], *, returncode: int = 0, timeout_s: float = 120.0) -> list[str]:
     """The lines that it printed, once it has ended as expected."""
     out, errors = process.communicate(timeout=timeout_s)
     assert process.returncode == returncode, errors

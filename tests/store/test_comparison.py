@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,7 @@ from lightning_proxy.store import (
     VersionReturns,
     VersionStatus,
     against_from,
+    failed_by_infrastructure,
     new_task,
 )
 from tests.store.support import POLICY, make_span
@@ -302,3 +304,31 @@ def test_the_query_gives_what_a_plain_recomputation_gives(
             assert (None if row.mean is None else row.mean.value) == (
                 pytest.approx(fmean(returns)) if returns else None
             )
+
+
+@pytest.mark.parametrize(
+    ("seen_as", "settings"), [("silent_death", {"silence_s": 5}), ("timeout", {"timeout_s": 5})]
+)
+def test_a_rollout_that_the_pool_gave_up_after_a_fault_of_the_engine_is_nobodys_as_in_training(
+    seen_as: str, settings: dict[str, Any], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.enqueue_tasks([new_task({"task_id": "t", "input": {"q": 1}, "retry_on": [], **settings})])
+    [given] = store.claim_tasks("w", lease_s=1000)
+    add(store, given.rollout_id, 1)
+    store.add_span(
+        make_span(
+            **failed(rollout_id=given.rollout_id, error_class=ErrorClass.UPSTREAM_ERROR, ended_at=1002.0)
+        )
+    )
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 10)
+    assert store.sweep_tasks() == 1
+    store.add_reward(value=0.0, rollout_id=given.rollout_id)
+    rollout = store.get_rollout(given.rollout_id)
+    assert rollout.error_class is ErrorClass.UPSTREAM_ERROR
+    assert rollout.reason is not None
+    assert "its last call ended in upstream_error: boom" in rollout.reason
+    spans = store.spans_of_attempt(given.rollout_id, 1)
+    assert failed_by_infrastructure(ErrorClass(seen_as), spans) is ErrorClass.UPSTREAM_ERROR
+    found = store.compare_versions(POLICY)
+    assert (found.faulty, counts(found)) == (1, {})

@@ -14,6 +14,7 @@ from tests.store.support import start_script
 pytestmark = pytest.mark.drill
 
 _ROUNDS = 4
+_LOAD = 60  # acknowledgements of a round at least: spans and, of every third, a reward
 
 _SCRIPT = """
 import asyncio, os, sys
@@ -47,10 +48,10 @@ def test_every_acknowledged_span_and_reward_is_there_after_kill_9(db: Path) -> N
     for run in range(_ROUNDS):
         process = start_script(_SCRIPT, db, str(run))
         assert process.stdout is not None
-        first = process.stdout.readline()
+        first = "".join(process.stdout.readline() for _ in range(_LOAD))
         time.sleep(random.uniform(0.05, 0.4))
         process.kill()
-        out, errors = process.communicate(timeout=10)
+        out, errors = process.communicate(timeout=60)
         assert not errors
         acknowledged += [line.split() for line in (first + out).splitlines()]
     with Store.open(db) as store:

@@ -10,7 +10,7 @@ import pytest
 from sqlite_utils import Database
 
 from lightning_proxy.store import (
-    Companion,
+    ErrorClass,
     PolicyVersion,
     RecordedRollout,
     Reward,
@@ -36,6 +36,10 @@ def train(store: Store, groups: Mapping[str, str] | None = None) -> dict[str, fl
 
 def waiting(store: Store) -> dict[str, float | None]:
     return {each.rollout.rollout_id: each.value for each in store.preview(POLICY, 1000)}
+
+
+def companions(again: RecordedRollout) -> dict[str, float | None]:
+    return {each.rollout.rollout_id: each.value for each in again.companions}
 
 
 @pytest.fixture
@@ -176,12 +180,12 @@ def test_it_brings_the_present_returns_of_those_it_was_compared_with(store: Stor
     store.add_reward(value=0.75, rollout_id="c")
     found: dict[str, RecordedRollout] = {each.rollout.rollout_id: each for each in store.preview(POLICY, 10)}
     assert found["a"].again
-    assert set(found["a"].companions) == {Companion("b", 0.0), Companion("c", 0.75)}
-    assert set(found["c"].companions) == {Companion("a", 0.125), Companion("b", 0.0)}
+    assert companions(found["a"]) == {"b": 0.0, "c": 0.75}
+    assert companions(found["c"]) == {"a": 0.125, "b": 0.0}
     train(store, {"a": "task_id:t", "c": "task_id:t"})
     store.add_reward(value=1.0, rollout_id="a")  # a third time, and its first group is not forgotten
     (again,) = store.preview(POLICY, 10)
-    assert set(again.companions) == {Companion("b", 0.0), Companion("c", 0.75)}
+    assert companions(again) == {"b": 0.0, "c": 0.75}
 
 
 def test_a_fresh_rollout_has_no_companions(store: Store) -> None:
@@ -237,3 +241,56 @@ def test_looking_for_what_waits_is_fast_among_20_000_that_were_trained_on(store:
     assert (backlog.rollouts_ready, backlog.rollouts_again) == (200, 200)
     print(f"\na backlog among 20,000 rollouts: {seconds * 1000:.0f} ms of CPU")
     assert seconds < 1.0
+
+
+def test_calls_that_a_run_did_not_have_wait_for_a_reward_that_comes_with_them(trained: Store) -> None:
+    trained.add_span(make_span(rollout_id="a", response_id="later"))
+    assert waiting(trained) == {}
+    trained.add_reward(rollout_id="a", comment="goes on")
+    assert waiting(trained) == {}
+    trained.add_reward(value=1.0, rollout_id="a")  # the return that it has
+    [again] = trained.preview(POLICY, 10)
+    assert (again.again, again.value, len(again.spans)) == (True, 1.0, 2)
+    assert again.trained_until == again.spans[0].span_id
+    assert train(trained) == {"a": 1.0}
+    assert waiting(trained) == {}
+    trained.add_reward(value=0.5, rollout_id="a")
+    [other] = trained.preview(POLICY, 10)
+    assert other.trained_until is None  # for another return all of it is trained on
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"policy": "other"}, {"response": None, "error_class": ErrorClass.UPSTREAM_ERROR, "error": "boom"}],
+)
+def test_calls_of_another_policy_and_calls_that_failed_do_not(
+    changes: dict[str, object], trained: Store
+) -> None:
+    trained.add_span(make_span(rollout_id="a", response_id=None, **changes))
+    trained.add_reward(value=1.0, rollout_id="a")
+    assert waiting(trained) == {}
+
+
+def test_a_reward_that_counts_for_nothing_does_not_open_it_for_its_calls(trained: Store) -> None:
+    trained.rule = RewardRule({"cost": 0.0})
+    trained.add_span(make_span(rollout_id="a", response_id="later"))
+    trained.add_reward(value=1.0, rollout_id="a", name="cost")
+    assert waiting(trained) == {}
+
+
+def test_a_call_that_is_recorded_while_a_run_trains_is_for_the_next_run(store: Store) -> None:
+    add_ready_rollout(store, "a", value=1.0)
+    run_id = begin(store)
+    store.drain(run_id, limit=10)
+    store.add_span(make_span(rollout_id="a", response_id="later"))
+    store.add_reward(value=1.0, rollout_id="a")
+    store.commit_run(run_id, report={}, version=None)
+    [again] = store.preview(POLICY, 10)
+    assert again.trained_until == again.spans[0].span_id
+
+
+def test_of_runs_from_before_nobody_knows_which_calls_they_had(trained: Store) -> None:
+    trained.connection.execute("UPDATE consumptions SET last_span_id = NULL")
+    trained.add_span(make_span(rollout_id="a", response_id="later"))
+    trained.add_reward(value=1.0, rollout_id="a")
+    assert waiting(trained) == {}

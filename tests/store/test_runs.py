@@ -290,10 +290,13 @@ with Store.open(path) as store:
         except LeaseHeld:
             time.sleep(0.005)
             continue
-        drained = [each.rollout.rollout_id for each in store.drain(run.run_id, limit=4)]
-        if not drained:  # nobody else holds anything: this run is the only one
-            store.commit_run(run.run_id, report={}, version=None)
-            break
+        try:
+            drained = [each.rollout.rollout_id for each in store.drain(run.run_id, limit=4)]
+            if not drained:  # nobody else holds anything: this run is the only one
+                store.commit_run(run.run_id, report={}, version=None)
+                break
+        except LeaseLost:  # so slow can a busy machine be
+            continue
         what = chance.choice(["commit", "commit", "fail", "give back", "reject", "oversleep", "die"])
         if what == "die":
             os._exit(9)

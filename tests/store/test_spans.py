@@ -65,7 +65,11 @@ def test_a_span_comes_back_as_it_was(store: Store) -> None:
     assert store.get_span(span_id) == replace(span, span_id=span_id)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.lists(spans, min_size=1, max_size=4))
 def test_any_spans_come_back_as_they_were(store: Store, written: list[Span]) -> None:
     with store.transaction():

@@ -7,7 +7,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +37,27 @@ def locked(db: Path) -> Iterator[None]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  it changes in the writer's thread
             await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def busy(writer: Writer) -> AsyncIterator[None]:
+    """Its thread is at work for the length of a block: what is submitted meanwhile is taken together."""
+    begun, over = threading.Event(), threading.Event()
+
+    def work(_: Store) -> None:
+        begun.set()
+        over.wait(60)
+
+    at_work = writer.submit(work)
+    await until(begun.is_set)
+    try:
+        yield
+    finally:
+        over.set()
+    await at_work
 
 
 async def test_a_future_has_the_result_once_it_is_committed(writer: Writer, db: Path) -> None:
@@ -67,8 +85,11 @@ async def test_jobs_run_in_order_and_in_a_thread_of_their_own(writer: Writer) ->
 async def test_what_waits_is_committed_together(writer: Writer) -> None:
     trace: list[str] = []
     await writer.submit(lambda store: store.connection.set_trace_callback(trace.append))
-    await asyncio.gather(*[writer.submit_span(make_span()) for _ in range(20)])
-    assert trace.count("COMMIT") <= 2
+    async with busy(writer):
+        trace.clear()
+        spans = [writer.submit_span(make_span()) for _ in range(20)]
+    await asyncio.gather(*spans)
+    assert trace.count("COMMIT") == 2  # of what kept it busy, and of these
     assert not any(statement.startswith("SAVEPOINT") for statement in trace)
 
 
@@ -136,9 +157,9 @@ async def test_the_oldest_spans_are_dropped_past_the_limit_and_their_rollouts_ma
         job = writer.submit(lambda store: store.create_rollout(rollout_id="kept"))
         spans = [writer.submit_span(make_span(rollout_id=f"r{index:02}")) for index in range(60)]
         await until(lambda: not writer.healthy)
-        await until(lambda: writer.dropped == 10)
-        assert [index for index, future in enumerate(spans) if future.done()] == list(range(10))
-        assert writer.pending == 51
+        await until(lambda: [n for n, future in enumerate(spans) if future.done()] == list(range(10)))
+        assert writer.dropped == 10
+        await until(lambda: writer.pending == 51)
     results = await asyncio.gather(*spans, return_exceptions=True)
     assert all(isinstance(result, StoreUnavailable) for result in results[:10])
     assert all(isinstance(result, int) for result in results[10:])
@@ -155,9 +176,9 @@ async def test_a_full_database_keeps_everything_waiting_until_there_is_room(writ
     await writer.submit_span(make_span(rollout_id="before"))
     pages = connection.execute("PRAGMA page_count").fetchone()[0]
     connection.execute(f"PRAGMA max_page_count={pages + 30}")
-    # Made beforehand: os.urandom() lets the writer run, and it would take the first ones by themselves.
     made = [make_span(rollout_id=f"r{i}", request=os.urandom(10_000)) for i in range(30)]
-    spans = [writer.submit_span(span) for span in made]
+    async with busy(writer):  # the first ones by themselves would find room
+        spans = [writer.submit_span(span) for span in made]
     await until(lambda: not writer.healthy)
     await asyncio.sleep(0.1)
     assert not any(future.done() for future in spans)
@@ -178,7 +199,8 @@ async def test_a_file_system_that_takes_no_more_bytes_keeps_everything_waiting(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, hard))
     try:
-        spans = [writer.submit_span(span) for span in made]
+        async with busy(writer):  # the first ones by themselves would find room
+            spans = [writer.submit_span(span) for span in made]
         await until(lambda: not writer.healthy)
         assert not any(future.done() for future in spans)
     finally:

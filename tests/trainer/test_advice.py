@@ -51,6 +51,10 @@ def test_without_rewards_it_says_how_to_give_some() -> None:
     assert advice(report({}, {})) is None
 
 
+def test_what_waits_for_its_group_is_spoken_of_before_missing_rewards() -> None:
+    assert "3 wait for the rest of their group" in (advice(report({}, {}), unrewarded=5, held=3) or "")
+
+
 def test_where_there_is_something_to_train_on_it_says_nothing() -> None:
     assert advice(report({"group_all_equal": 8}, {"greedy": 3}, trained=2), unrewarded=9) is None
 

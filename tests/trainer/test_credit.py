@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_proxy.store import Companion, Fidelity, Payment, Reward, RewardRule
+from lightning_proxy.store import Fidelity, Payment, Reward, RewardRule
 from lightning_proxy.trainer.advantages import Returns, assign
 from lightning_proxy.trainer.credit import IDENTICAL, Credit, returns_to_go
 from lightning_proxy.trainer.failures import Consequences
@@ -309,7 +309,7 @@ def test_a_penalty_is_paid_at_the_call_that_it_is_for() -> None:
     given = recorded(
         "r", [span("r", generation([1], [2])), bad, span("r", generation([1], [4]))], Reward("r", 1.0)
     )
-    consequences = Consequences({"truncated": "penalty -0.5"}, POLICY, LeftOut())
+    consequences = Consequences({"truncated": "penalty -0.5"}, Terms(POLICY, 100), LeftOut())
     kept = trainable_rollouts(consequences.keep([given]), Terms(POLICY, 100), LeftOut())
     [found] = consequences.apply(kept)
     assert list(Credit("return_to_go").credits_of(found).values()) == [0.5, 0.5, 1.0]
@@ -317,9 +317,9 @@ def test_a_penalty_is_paid_at_the_call_that_it_is_for() -> None:
 
 
 def test_a_former_companion_takes_part_at_each_step_that_it_took() -> None:
-    calls: tuple[tuple[int, str | None], ...] = ((7, None), (9, None))
-    rewards = (Reward("old", 1.0, span_id=7), Reward("old", 2.0))
-    old = to_compare_with(Companion("old", 3.0, rewards, calls), Terms(POLICY, 100))
+    calls = [span("old", generation([1], [2])) for _ in range(2)]
+    former = recorded("old", calls, Reward("old", 1.0, span_id=1), Reward("old", 2.0))
+    old = to_compare_with(former, Terms(POLICY, 100))
     again = replace(rollout("new", [0.0, 0.0], final=1.0), again=True, companions=(old,))
     found = advantages(again, credit=Credit("return_to_go"))
     assert found == {"new": [1 - (1 + 3) / 2, 1 - (1 + 2) / 2]}

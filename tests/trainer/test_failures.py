@@ -55,7 +55,7 @@ def rollout(
 
 def outcome(of: RecordedRollout, **training: str) -> tuple[TrainableRollout | None, Consequences, LeftOut]:
     left_out = LeftOut()
-    consequences = Consequences(training, POLICY, left_out)
+    consequences = Consequences(training, Terms(POLICY, 100), left_out)
     kept = trainable_rollouts(consequences.keep([of]), Terms(POLICY, 100), left_out)
     applied = consequences.apply(kept)
     return (applied[0] if applied else None), consequences, left_out

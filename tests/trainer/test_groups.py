@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -153,9 +153,74 @@ def test_a_rollout_that_comes_again_and_equals_its_former_group_is_left_out() ->
     assert grouping.keys == {"a": f"{BY_TASK}:x"}
 
 
-def test_a_rollout_that_comes_again_without_a_group_waits_and_is_not_lost() -> None:
-    grouping, _ = group(again("a", 1.0))
-    assert (grouping.for_later, grouping.keys) == (("a",), {})
+def test_a_rollout_that_comes_again_and_whose_group_is_gone_is_given_up_and_counted() -> None:
+    grouping, left_out = group(again("a", 1.0))
+    assert (grouping.for_later, grouping.keys) == ((), {"a": f"{BY_TASK}:x"})
+    assert left_out.rollouts == {Reason.GROUP_GONE: 1}
+
+
+def test_it_waits_with_a_fresh_one_whose_group_may_still_grow() -> None:
+    left_out = LeftOut()
+    rollouts = (again("a", 1.0), rollout("b", 0.0, "x"))
+    grouping = form_groups(rollouts, min_size=3, may_wait=True, left_out=left_out)
+    assert grouping.for_later == ("a", "b")
+    assert left_out.rollouts == {Reason.GROUP_TOO_SMALL: 2}
+
+
+# -- members of earlier runs -------------------------------------------------------------------
+
+
+def joined(
+    *rollouts: TrainableRollout, same: Sequence[str] = (), near: Sequence[str] = (), recent: bool = False
+) -> tuple[Grouping, list[tuple[str, frozenset[int | None] | None]]]:
+    """Grouped with former members of return 0, of the same version or a near one; and what was asked."""
+    asked: list[tuple[str, frozenset[int | None] | None]] = []
+
+    def former(key: str, versions: Collection[int | None] | None) -> list[TrainableRollout]:
+        asked.append((key, None if versions is None else frozenset(versions)))
+        names = same if versions is not None else (*same, *near)
+        return [TrainableRollout(name, None, 0.0, (), baseline_only=True) for name in names]
+
+    found = form_groups(
+        rollouts,
+        min_size=2,
+        may_wait=True,
+        left_out=LeftOut(),
+        recent=(lambda key: []) if recent else None,
+        former=former,
+    )
+    return found, asked
+
+
+def test_what_comes_after_its_group_was_trained_on_is_compared_with_it() -> None:
+    grouping, asked = joined(rollout("late", 1.0, "x"), same=["a", "b"], near=["older"])
+    assert members(grouping) == [["late", "a", "b"]]
+    assert [each.rollout_id for each in grouping.trained] == ["late"]
+    assert asked == [("task_id:x", frozenset({0}))]
+
+
+def test_a_group_that_is_large_enough_is_joined_by_what_the_same_version_answered_only() -> None:
+    grouping, asked = joined(rollout("a", 1.0, "x"), rollout("b", 1.0, "x"), near=["older"])
+    assert members(grouping) == []
+    assert grouping.all_equal == 1
+    assert [versions for _, versions in asked] == [frozenset({0})]
+
+
+def test_one_that_is_alone_is_compared_with_what_versions_of_before_answered() -> None:
+    grouping, asked = joined(rollout("late", 1.0, "x"), near=["older"])
+    assert members(grouping) == [["late", "older"]]
+    assert [versions for _, versions in asked] == [frozenset({0}), None]
+
+
+def test_a_prompt_that_comes_again_finds_its_group_before_a_running_baseline() -> None:
+    grouping, [(key, _)] = joined(rollout("late", 1.0, None), same=["a"], recent=True)
+    assert members(grouping) == [["late", "a"]]
+    assert key.startswith(f"{BY_PROMPT}:")
+
+
+def test_former_members_that_are_here_again_count_once() -> None:
+    grouping, _ = joined(again("a", 1.0, b=0.5, c=0.5), rollout("d", 1.0, "x"), same=["a", "b", "c"])
+    assert members(grouping) == [["a", "d", "b", "c"]]
 
 
 def test_an_estimator_that_gives_no_number_is_an_error() -> None:

@@ -25,8 +25,9 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def test_the_lease_is_renewed_for_as_long_as_the_block_runs(store: Store) -> None:
-    with Lease(store, POLICY, lease_s=0.3) as lease:
-        time.sleep(0.8)
+    with Lease(store, POLICY, lease_s=2.0) as lease:
+        first = store.get_run(lease.run_id).lease_expires_at
+        wait_until(lambda: time.time() > first)
         lease.check()
         with pytest.raises(LeaseHeld):
             store.begin_run(POLICY, owner="another", lease_s=1)
@@ -72,9 +73,13 @@ def test_an_error_after_the_commit_leaves_the_run_committed(store: Store) -> Non
 def test_a_lease_that_somebody_else_took_is_noticed(store: Store) -> None:
     with Lease(store, POLICY, lease_s=0.3) as lease:
         store.fail_run(lease.run_id, "taken over")
-        time.sleep(0.5)
-        with pytest.raises(LeaseLost, match="taken over"):
+
+        def noticed() -> bool:
             lease.check()
+            return False
+
+        with pytest.raises(LeaseLost, match="taken over"):
+            wait_until(noticed)
 
 
 def lock(path: Path, seconds: float | None = None) -> sqlite3.Connection:

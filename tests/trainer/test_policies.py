@@ -119,7 +119,11 @@ def test_a_late_reward_comes_again_to_each_policy_that_has_trained_on_the_rollou
     assert len(waiting(store, CHECKER)) == 4
     [again] = store.preview(WRITER, 10)
     assert (again.again, again.value) == (True, 0.5)
-    assert {each.rollout_id: each.value for each in again.companions} == {"t-1": 1, "t-2": 1, "t-3": 0}
+    assert {each.rollout.rollout_id: each.value for each in again.companions} == {
+        "t-1": 1,
+        "t-2": 1,
+        "t-3": 0,
+    }
     assert not any(each.again or each.companions for each in store.preview(CHECKER, 10))
     run(settings, store, CHECKER)
     assert waiting(store, CHECKER) == set(), "its run knew the reward already"

@@ -12,6 +12,7 @@ from lightning_proxy.errors import CheckpointInvalid, TrainingError
 from lightning_proxy.trainer.backend import open_backend
 from lightning_proxy.trainer.batches import Rows
 from lightning_proxy.trainer.checkpoint import read_layout
+from tests.conftest import wait_until
 from tests.trainer.conftest import recipe
 from tests.trainer.rows import random_rows
 
@@ -79,7 +80,8 @@ def test_workers_join_a_cluster_that_runs_already_and_spread_over_its_nodes(
         try:
             busy = [node for node in ray.nodes() if node["Alive"]]
             assert sorted(node["Resources"].get("CPU", 0) for node in busy) == [1, 1]
-            assert ray.available_resources().get("CPU", 0) == 0  # one worker on each
+            # One worker on each; Ray's own view of it follows a moment later.
+            wait_until(lambda: ray.available_resources().get("CPU", 0) == 0)
             assert np.isfinite(backend.update(odd_rows())["grad_norm"])
             backend.export(tmp_path, tiny_model)
             assert read_layout(tmp_path).keys() == read_layout(tiny_model).keys()
@@ -100,7 +102,7 @@ def small_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     cluster.shutdown()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_cluster_that_is_too_small_is_refused_and_left(small_cluster: str, tiny_model: Path) -> None:
     import ray
 
@@ -109,7 +111,7 @@ def test_a_cluster_that_is_too_small_is_refused_and_left(small_cluster: str, tin
     assert not ray.is_initialized()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_busy_cluster_is_waited_for_no_longer_than_said_and_nothing_stays_reserved(
     small_cluster: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

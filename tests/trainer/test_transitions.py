@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_proxy.store import Fidelity, RecordedRollout, Reward, Span
+from lightning_proxy.store import Fidelity, PolicyVersion, RecordedRollout, Reward, Span, VersionStatus
+from lightning_proxy.trainer.ages import Ages
 from lightning_proxy.trainer.groups import group_of
 from lightning_proxy.trainer.transitions import (
     LeftOut,
@@ -20,7 +21,8 @@ from tests.trainer.recording import POLICY, failed_span, generation, recorded, s
 
 def convert(*rollouts: RecordedRollout, max_tokens: int = 100) -> tuple[list[TrainableRollout], LeftOut]:
     left_out = LeftOut()
-    return trainable_rollouts(rollouts, Terms(POLICY, max_tokens), left_out), left_out
+    ages = Ages(PolicyVersion(POLICY, 0, "/weights", VersionStatus.ACTIVE), (), most=10)
+    return trainable_rollouts(rollouts, Terms(POLICY, max_tokens, ages=ages), left_out), left_out
 
 
 def reward(value: float = 1.0) -> Reward:
@@ -140,7 +142,7 @@ def test_only_the_chosen_roles_become_transitions() -> None:
 @pytest.mark.parametrize(
     "first",
     [
-        span("r", generation([1, 2], [3]), policy_version=-1, policy_version_end=-1),  # too old
+        span("r", generation([1, 2], [3]), policy_version=99, policy_version_end=99),  # too old
         span("r", generation([1, 2], [3], lambda *_: [])),
         span("r", generation([1, 2], [])),
         span("r", generation([1, 2], [3] * 99)),

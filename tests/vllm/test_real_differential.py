@@ -13,7 +13,7 @@ from tests import responses_compare
 from tests.proxy.corpus import MESSAGE_FIELDS, RESPONSE_FIELDS, RESPONSES, Case, corpus
 from tests.proxy.raw_http import Answer, send
 from tests.vllm.compare import Close, comparable
-from tests.vllm.conftest import MODEL, Served
+from tests.vllm.conftest import MODEL, TRIES, Served
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -24,9 +24,6 @@ NOT_EXACT = {
     "a byte order mark", "UTF-16", "Infinity", "numbers of every size", "a lone surrogate",
     "echo", "echo, streamed",
 }  # fmt: skip
-# vLLM puts as many tokens into a chunk as are ready, so that on a busy machine some kinds of chunks
-# come in one stream and not in the next, with us or without.
-TRIES = 6
 
 
 @pytest.mark.parametrize("case", corpus(MODEL), ids=str)

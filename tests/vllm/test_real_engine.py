@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from openai import OpenAI
 
 from lightning_proxy.config import load_settings
 from lightning_proxy.doctor import Level, examine
+from lightning_proxy.proxy.served import STARTING
 from lightning_proxy.store import Fidelity, Span
 from tests.conftest import wait_until
 from tests.vllm.compare import post
-from tests.vllm.conftest import MODEL, WEIGHTS, Served, engine_of, is_ready
+from tests.vllm.conftest import MODEL, START_S, WEIGHTS, Served, command_of, engine_of, is_ready
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -168,16 +170,17 @@ def test_weights_change_under_a_running_stream_and_a_wrong_version_is_put_back(
     right = {"prompt_token_ids": ids, "logprobs": prompt_logprobs(weights, ids)}
     wrong = {"prompt_token_ids": ids, "logprobs": prompt_logprobs(WEIGHTS, ids)}
 
-    status, answer = promote(served, stage(served, weights, wrong))
-    assert (status, answer["error"]["code"]) == (409, "version_rejected")
-    probe = {"model": MODEL, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
-    entries = json.loads(post(f"{served.engine_url}/v1/completions", probe)[2])["choices"][0]
-    served_now = [e[str(t)]["logprob"] for t, e in zip(ids[1:], entries["prompt_logprobs"][1:], strict=True)]
-    assert served_now == pytest.approx(wrong["logprobs"], abs=1e-4)
-
     body = {"model": MODEL, "prompt": "hello", "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    good = stage(served, weights, right)
     try:
+        status, answer = promote(served, stage(served, weights, wrong))
+        assert (status, answer["error"]["code"]) == (409, "version_rejected")
+        probe = {"model": MODEL, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
+        entries = json.loads(post(f"{served.engine_url}/v1/completions", probe)[2])["choices"][0]
+        told = zip(ids[1:], entries["prompt_logprobs"][1:], strict=True)
+        served_now = [entry[str(token)]["logprob"] for token, entry in told]
+        assert served_now == pytest.approx(wrong["logprobs"], abs=1e-4)
+
+        good = stage(served, weights, right)
         with begun(f"{served.url}/rollout/in-flight/v1/completions", body) as streaming:
             status, answer = promote(served, good)
             assert status == 200, answer
@@ -209,17 +212,32 @@ def test_a_killed_engine_is_started_again_and_calls_wait_for_it(served: Served) 
     import psutil
 
     port = served.engine_url.rsplit(":", 1)[1]
-    for child in psutil.Process(served.process.pid).children(recursive=True):
-        if child.is_running() and child.status() != psutil.STATUS_ZOMBIE and port in child.cmdline():
-            child.kill()
-    wait_until(lambda: not is_ready(served.url), 30)
-    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 5}
-    status, _, text = post_patiently(f"{served.url}/v1/chat/completions", body)
-    assert status == 200, text
-    served.engine_url = engine_of(served.process)
+    try:
+        for child in psutil.Process(served.process.pid).children(recursive=True):
+            if port in command_of(child):
+                with suppress(psutil.NoSuchProcess):  # it went with one that was killed before it
+                    child.kill()
+        # The proxy has noticed, and holds calls; until then they meet an engine that is gone.
+        wait_until(lambda: STARTING in waits_for(served.url))
+        body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 5}
+        status, _, text = post_patiently(f"{served.url}/v1/chat/completions", body)
+        assert status == 200, text
+    finally:  # the tests that follow ask the engine that came in its place
+        wait_until(lambda: served.process.poll() is not None or is_ready(served.url), START_S)
+        served.engine_url = engine_of(served.process)
+
+
+def waits_for(url: str) -> list[str]:
+    """What calls are held for, as /readyz tells it."""
+    try:
+        answer = urllib.request.urlopen(f"{url}/readyz", timeout=30)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        return list(json.load(answer)["waits_for"])
 
 
 def post_patiently(url: str, body: dict[str, Any]) -> tuple[int, dict[str, str], str]:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=290) as answer:
+    with urllib.request.urlopen(request, timeout=START_S) as answer:
         return answer.status, dict(answer.headers), answer.read().decode()

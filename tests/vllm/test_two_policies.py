@@ -27,9 +27,9 @@ from lightning_proxy.config import Settings, for_policy, load_settings
 from lightning_proxy.experiment.workdir import free_port
 from lightning_proxy.store import Fidelity, Store
 from lightning_proxy.trainer.report import Outcome, TrainReport
-from tests.conftest import wait_until
+from tests.conftest import COMMIT_TIMEOUT_S, wait_until
 from tests.vllm.compare import post
-from tests.vllm.conftest import START_S, WEIGHTS, is_ready
+from tests.vllm.conftest import START_S, WEIGHTS, command_of, is_ready
 
 pytestmark = [
     pytest.mark.vllm,
@@ -48,6 +48,7 @@ TASKS, GROUP = 12, 8
 CONFIG = """
 [proxy]
 port = {port}
+commit_timeout_s = {commit_timeout_s}
 
 [policy]
 name = "author"
@@ -100,7 +101,7 @@ class System:
 
     def engine_url(self, policy: str) -> str:
         for child in psutil.Process(self.process.pid).children(recursive=True):
-            words = child.cmdline()
+            words = command_of(child)
             if policy in words and "--port" in words:
                 return f"http://127.0.0.1:{words[words.index('--port') + 1]}"
         raise AssertionError(f"no vLLM that serves {policy}")
@@ -117,7 +118,9 @@ class System:
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     directory = tmp_path_factory.mktemp("two-policies")
     config = directory / "lightning.toml"
-    config.write_text(CONFIG.format(port=free_port(), model=json.dumps(str(WEIGHTS))))
+    config.write_text(
+        CONFIG.format(port=free_port(), model=json.dumps(str(WEIGHTS)), commit_timeout_s=COMMIT_TIMEOUT_S)
+    )
     settings = load_settings(config=config, env={}, overrides=_inside(directory))
     command = [str(Path(sys.executable).with_name("lightning-proxy")), "serve", "--config", str(config)]
     log = directory / "proxy.log"
@@ -127,15 +130,15 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
             command, cwd=directory, stdout=subprocess.PIPE, stderr=errors, text=True, env=environ
         )
     assert process.stdout is not None
-    found = re.search(r"http://[^\s/]+", process.stdout.readline())
-    assert found is not None, log.read_text()
     try:
+        found = re.search(r"http://[^\s/]+", process.stdout.readline())
+        assert found is not None, log.read_text()
         wait_until(lambda: process.poll() is not None or is_ready(found.group()), START_S)
         assert process.poll() is None, log.read_text()
         yield System(found.group(), process, settings)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(120)
         process.stdout.close()
 
 
@@ -177,7 +180,7 @@ def logprobs(system: System, ids: Mapping[str, list[int]]) -> dict[str, float]:
 
 
 def versions(system: System) -> dict[str, int]:
-    with urllib.request.urlopen(f"{system.url}/api/stats", timeout=30) as answer:
+    with urllib.request.urlopen(f"{system.url}/api/stats", timeout=120) as answer:
         stats = json.load(answer)
     return {each["policy"]: each["serving_version"] for each in stats["policies"]}
 

@@ -34,6 +34,10 @@ class Bench:
     clock: Stopwatch
     note: Note
 
+    def versions(self) -> list[PolicyVersion]:
+        """All that the policy has."""
+        return self.store.list_versions(self.settings.policy.name)
+
     def base_logprobs(self, backend: Backend, rows: Rows, parent: PolicyVersion, wanted_by: str) -> Floats:
         """Logprobs of version 0; ``TrainingError`` where its weights are gone. ``wanted_by``: a setting."""
         base = self.store.get_version(parent.policy, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,17 +105,20 @@ class Picked:
 
 
 def candidates(
-    recorded: Sequence[RecordedRollout], settings: Settings, parent: PolicyVersion | None
+    recorded: Sequence[RecordedRollout],
+    settings: Settings,
+    parent: PolicyVersion | None,
+    versions: Iterable[PolicyVersion] = (),
 ) -> Candidates:
     """What of the drained can be trained on; everything else is counted.
 
-    What failures do (``failures``) is about returns and what earned them: a demonstration stands whatever
-    went wrong, and however old the call is.
+    ``parent`` and ``versions`` as for ``grouped``. What failures do (``failures``) is about returns and what
+    earned them: a demonstration stands whatever went wrong, and however old the call is.
     """
     left_out = LeftOut()
-    terms = terms_of(settings, parent, sampled=False)
+    terms = terms_of(settings, parent, versions, sampled=False)
     for_return = [each for each in recorded if each.for_return]
-    consequences = Consequences(settings.failures.training, settings.policy.name, left_out)
+    consequences = Consequences(settings.failures.training, terms, left_out)
     rollouts = trainable_rollouts(consequences.keep(for_return), terms, left_out)
     rollouts = consequences.apply(rollouts)
     shown = demonstrations_of(recorded, terms, functools.cache(lambda: _answers(settings, parent)), left_out)

@@ -44,7 +44,7 @@ class Dpo:
     def choose(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None) -> Picked:
         """The pairs."""
         train = self._train
-        found = candidates(recorded, self._bench.settings, parent)
+        found = candidates(recorded, self._bench.settings, parent, self._bench.versions())
         return paired(
             found,
             min_gap=train.dpo_min_gap,

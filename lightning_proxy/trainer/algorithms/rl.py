@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from lightning_proxy.store import Companion, PolicyVersion, RecordedRollout
+from lightning_proxy.store import PolicyVersion, RecordedRollout
 from lightning_proxy.trainer.advantages import assign
 from lightning_proxy.trainer.algorithms.base import Batch, Bench
 from lightning_proxy.trainer.backend import Backend, estimator
@@ -29,12 +29,13 @@ class Rl:
 
     def choose(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None) -> Grouped:
         """The rollouts that can be compared with one another, in groups."""
-        return grouped(recorded, self._bench.settings, parent, self._recent)
+        bench = self._bench
+        return grouped(recorded, bench.settings, parent, bench.versions(), self._members)
 
-    def _recent(self, key: str) -> Sequence[Companion]:
+    def _members(self, key: str, versions: Iterable[int | None] | None = None) -> Sequence[RecordedRollout]:
         """The last rollouts that were trained on in this group."""
-        name = self._bench.settings.policy.name
-        return self._bench.store.recent_members(name, key, self._train.baseline_window)
+        name, most = self._bench.settings.policy.name, self._train.baseline_window
+        return self._bench.store.recent_members(name, key, most, versions=versions)
 
     def batch(self, chosen: Grouped) -> Batch | None:
         """Advantages, trajectories, rows; ``None`` where there is nothing to train on."""

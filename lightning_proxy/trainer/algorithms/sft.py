@@ -35,7 +35,8 @@ class Sft:
     def choose(self, recorded: Sequence[RecordedRollout], parent: PolicyVersion | None) -> Picked:
         """The best rollouts and the demonstrations."""
         settings = self._bench.settings
-        return picked(candidates(recorded, settings, parent), settings.train.sft_min_return)
+        found = candidates(recorded, settings, parent, self._bench.versions())
+        return picked(found, settings.train.sft_min_return)
 
     def batch(self, chosen: Picked) -> Batch | None:
         """Rows; ``None`` where there is nothing to train on."""
