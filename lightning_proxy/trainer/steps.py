@@ -151,7 +151,8 @@ class Pass:
     def _repetition(self) -> str | None:
         """Which refused run a pass would repeat, and what changes that; ``None`` where it would not."""
         for newest in self.store.list_runs(self.policy, limit=1):
-            if newest.state is RunState.FAILED and newest.report.get("work") == self._name_of_work():
+            work = newest.report.get("work") if newest.state is RunState.FAILED else None
+            if work is not None and work == self._name_of_work():
                 return (
                     f"nothing is new since run {newest.run_id}, and another would come to the same: "
                     f"{newest.error}. It waits for more rewards or other settings; `lightning-proxy train "
