@@ -100,10 +100,10 @@ class ProxyThread:
         asyncio.run_coroutine_threadsafe(close(), self._loop).result(10)
 
     async def _start(self) -> tuple[web.AppRunner, str]:
-        from lightning_proxy.proxy.app import PARTS, create_app, listen
+        from lightning_proxy.proxy.app import PARTS, create_app, listen, runner_of
 
         app = create_app(self.settings)
-        runner = web.AppRunner(app, handler_cancellation=True, auto_decompress=False, access_log=None)
+        runner = runner_of(app, self.settings)
         await runner.setup()
         await listen(runner, self.settings, app[PARTS])
         return runner, app[PARTS].base_url

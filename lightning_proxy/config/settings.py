@@ -76,6 +76,12 @@ class ProxySettings(Table):
         description="How long the end of an answer may wait for its span to be committed before it goes out "
         "regardless.",
     )
+    shutdown_timeout_s: float = Field(
+        default=5.0,
+        gt=0,
+        description="How long calls under way may take to end once the proxy is told to stop, before they "
+        "are cut; below what `docker stop` waits (10 s) before it kills. A second signal cuts them at once.",
+    )
     max_body_mb: int = Field(default=64, gt=0, description="Largest request body accepted, in MiB.")
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -25,7 +26,6 @@ from lightning_proxy.errors import ConfigError, LightningError
 from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import Writer
 
-from .attribution import api_keys
 from .auth import Guard
 from .control.access import Access
 from .control.failures import FailureRoutes
@@ -53,10 +53,11 @@ from .served import Policies, Served, engine_process
 from .sweep import watch_for_silence
 from .switch import Switch
 from .tasks import Tasks
-from .upstream import Upstream, only_the_upstreams
+from .upstream import LONGEST_LINE, Upstream, only_the_upstreams
 from .upstreams import Endpoint, Upstreams, endpoint_of
 
 log = logging.getLogger(__name__)
+_AT_ONCE_S = 1.0  # after a second signal, for what is quickly done in order
 _NONE: Mapping[str, EngineProcess] = MappingProxyType({})
 
 
@@ -99,7 +100,9 @@ def create_app(settings: Settings, *, processes: Mapping[str, EngineProcess] = _
     """
     parts = _build(settings, processes)
     guard = Guard(settings.proxy.token, parts.attributor, keys_reward=settings.proxy.rollout_keys_reward)
-    app = web.Application(client_max_size=settings.proxy.max_body_mb * 2**20, middlewares=[_door(guard)])
+    app = web.Application(
+        client_max_size=settings.proxy.max_body_mb * 2**20, middlewares=[_door(guard, parts.forwarder)]
+    )
     app[PARTS] = parts
     access = Access(parts.writer, parts.reader, parts.redactor)
     pool = TaskRoutes(access, parts.attributor, lambda: parts.base_url)
@@ -142,6 +145,7 @@ def _build(settings: Settings, processes: Mapping[str, EngineProcess]) -> Parts:
         lambda key: lookups(lambda store: store.owner_of_key(key)),
         lambda digests, ids: lookups(lambda store: store.conversation_ends(digests, ids)),
         Roles(settings.roles),
+        redacted=None if redactor is None else redactor.part,
     )
     forwarder = Forwarder(
         upstreams=upstreams,
@@ -282,13 +286,13 @@ def _life(parts: Parts, pool: TaskRoutes) -> Callable[[web.Application], Any]:
 # -- the door: errors of ours and tokens ---------------------------------------------------------
 
 
-def _door(guard: Guard) -> Any:
+def _door(guard: Guard, forwarder: Forwarder) -> Any:
     @web.middleware
     async def door(request: web.Request, handler: Any) -> web.StreamResponse:
         try:
-            ours = request.path.startswith(("/api/", "/reward", "/metrics", "/ui"))
-            if not await guard.admits(request, model_call=not ours):
-                return _not_admitted(request)
+            forwarded = request.match_info.handler == forwarder.handle
+            if (refusal := await guard.refusal(request, forwarded=forwarded)) is not None:
+                return refusal
             response: web.StreamResponse = await handler(request)
             return response
         except LightningError as error:
@@ -298,15 +302,6 @@ def _door(guard: Guard) -> Any:
                            "LIGHTNING_PROXY__MAX_BODY_MB, to let larger ones through.")  # fmt: skip
 
     return door
-
-
-def _not_admitted(request: web.Request) -> web.Response:
-    sent = "a key that is not known here" if api_keys(request.headers) else "no key"
-    return problem(
-        401,
-        "invalid_api_key",
-        f"the request carries {sent}: send the proxy's token as `Authorization: Bearer ...`",
-    )
 
 
 async def _no_such_route(request: web.Request) -> web.Response:
@@ -331,18 +326,15 @@ async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
     processes = _engine_processes(settings)
     app = create_app(settings, processes=processes)
     parts = app[PARTS]
-    runner = web.AppRunner(app, handler_cancellation=True, auto_decompress=False, access_log=None)
+    runner = runner_of(app, settings)
     await runner.setup()
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    stop = _stop_by_signals(runner)
     try:
         await listen(runner, settings, parts)
         announce(_greeting(parts))
         waiting = [parts.tasks.spawn("until told to stop", stop.wait())]
         waiting += [
-            parts.tasks.spawn(f"vLLM of {served.policy}", served.supervise(parts.writer))
+            parts.tasks.spawn(f"vLLM of {served.policy}", served.supervise())
             for served in parts.policies
             if served.process is not None
         ]
@@ -351,6 +343,40 @@ async def _serve(settings: Settings, announce: Callable[[str], None]) -> None:
             ended.result()  # EngineDied, where the engine was given up
     finally:
         await runner.cleanup()
+
+
+def _stop_by_signals(runner: web.AppRunner) -> asyncio.Event:
+    """Set by the first signal, which ends us in order. The second one cuts whatever calls are under way,
+    and soon after that ends us outright: what was acknowledged is in the store, and vLLM ends with us.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def told(number: int) -> None:
+        if stop.is_set():
+            log.warning("told to stop again: calls under way are cut")
+            for connection in runner.server.connections if runner.server is not None else ():
+                if connection.transport is not None:
+                    connection.transport.abort()
+            loop.call_later(_AT_ONCE_S, os._exit, 128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, told, number)
+    return stop
+
+
+def runner_of(app: web.Application, settings: Settings) -> web.AppRunner:
+    """What serves an application: bodies as they came, and lines of the length that upstreams' may have."""
+    return web.AppRunner(
+        app,
+        handler_cancellation=True,
+        auto_decompress=False,
+        access_log=None,
+        max_line_size=LONGEST_LINE,
+        max_field_size=LONGEST_LINE,
+        shutdown_timeout=settings.proxy.shutdown_timeout_s / 2,  # once for uploads, once for answers
+    )
 
 
 async def listen(runner: web.AppRunner, settings: Settings, parts: Parts) -> None:

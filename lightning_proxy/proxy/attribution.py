@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -27,8 +27,10 @@ _PREFIX = re.compile(
     r"(?:/role/(?P<role>[^/?]+))?"
     r"(?P<rest>/v1(?:[/?].*)?|/?(?:\?.*)?)"
 )
+_ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,199}")
 _LONGEST_NUMBER = 10  # digits of an attempt
+_ROLLOUT, _SESSION = istr("X-Rollout-Id"), istr("X-Session-Id")
 _RETRY_COUNT = istr("X-Stainless-Retry-Count")
 KEY_PREFIX = "lp-"  # of the keys that Store.issue_key makes
 
@@ -43,6 +45,7 @@ class Attribution:
     by: str = "none"
     confidence: float = 0.0
     retry: int = 0  # which try of its client's SDK it is, beyond the first
+    doubt: str | None = field(default=None, compare=False)  # why it may be another rollout's after all
     # The conversation it is part of, where that had to be looked at.
     strand: Strand | None = field(default=None, compare=False, repr=False)
 
@@ -55,11 +58,12 @@ class SplitPath:
     attribution: Attribution | None
 
 
-def split_path(path: str) -> SplitPath:
-    """Take ``/rollout/{id}[/attempt/{n}][/role/{role}]`` off a raw path.
+def split_path(target: str) -> SplitPath:
+    """Take ``/rollout/{id}[/attempt/{n}][/role/{role}]`` off the path that a request is for.
 
-    Raises InvalidInput for an id or attempt that cannot be one.
+    Raises InvalidInput for an id or attempt that cannot be one, and for a target that has no path.
     """
+    path = origin_form(target)
     match = _PREFIX.fullmatch(path)
     if match is None:
         return SplitPath(path, None)
@@ -70,18 +74,41 @@ def split_path(path: str) -> SplitPath:
     return SplitPath(rest, Attribution(rollout_id, attempt, role, "path", 1.0))
 
 
+def origin_form(target: str) -> str:
+    """Path and query of a request's target (RFC 9112 section 3.2).
+
+    Of a whole URL too, as clients send it that take us for a proxy of theirs: whatever host it names, the
+    answer is the upstream's. What has no path (``*``, the target of CONNECT) is for no upstream, and must
+    not become a part of its address. Raises InvalidInput.
+    """
+    if target.startswith("/"):
+        return target
+    match = _ABSOLUTE.match(target)
+    if match is None:
+        raise InvalidInput(f"{target[:80]!r} is no path: only requests for a path are forwarded")
+    rest = target[match.end() :]
+    return rest if rest.startswith("/") else "/" + rest
+
+
 def from_headers(headers: Mapping[str, str]) -> Attribution | None:
-    """``X-Rollout-Id`` / ``X-Session-Id`` (with ``X-Attempt``, ``X-Role``), else W3C ``baggage``.
+    """``X-Rollout-Id`` (with ``X-Attempt``, ``X-Role``), else ``rollout_id`` in W3C ``baggage``.
 
     An id that cannot be one is no attribution: the header may be meant for somebody else.
     """
+    return _from_headers(headers, _ROLLOUT, ("rollout_id",))
+
+
+def from_session_headers(headers: Mapping[str, str]) -> Attribution | None:
+    """The same by ``X-Session-Id`` or a session in ``baggage``, which agents also send for others' sake."""
+    return _from_headers(headers, _SESSION, ("session_id", "session.id"))
+
+
+def _from_headers(headers: Mapping[str, str], name: str, in_baggage: Sequence[str]) -> Attribution | None:
     bag: Mapping[str, str] = {}
-    rollout_id = headers.get("X-Rollout-Id") or headers.get("X-Session-Id")
-    by = "header"
+    rollout_id, by = headers.get(name), "header"
     if not rollout_id and "baggage" in headers:
         bag = parse_baggage(headers["baggage"])
-        rollout_id = bag.get("rollout_id") or bag.get("session_id") or bag.get("session.id")
-        by = "baggage"
+        rollout_id, by = next((bag[key] for key in in_baggage if bag.get(key)), None), "baggage"
     if not rollout_id or not _ID.fullmatch(rollout_id):
         return None
     attempt = headers.get("X-Attempt") or bag.get("attempt") or "1"

@@ -142,7 +142,7 @@ class Call:
             streamed=self.streamed,
             status=self.status,
             request=self.body,
-            sampling=self.prepared.sampling,
+            sampling=dict(self.prepared.sampling),  # which may be added to, later than a record may change
             model=_text_or_none(self.request.get("model")),
             policy=self.policy,
             policy_version=self.policy_version,

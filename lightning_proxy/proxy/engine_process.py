@@ -163,6 +163,7 @@ class EngineProcess:
         backoff_s: float = 1.0,
     ) -> None:
         self.ready = asyncio.Event()
+        self.weights: Path | None = None  # that the engine was started on, the last time
         self.on_ready, self.on_down = on_ready, on_down
         self._settings, self._policy, self._model, self._port = settings, policy, model, port
         self._command, self._backoff_s = command, backoff_s
@@ -194,7 +195,8 @@ class EngineProcess:
 
     async def _run_once(self) -> str:
         """One life of the process; returns how it ended."""
-        command = self._command(self._settings, self._policy, self._model(), self._port)
+        self.weights = self._model()
+        command = self._command(self._settings, self._policy, self.weights, self._port)
         guard, leash = await self._spawn(command)
         tasks = Tasks()
         log.info("vLLM is starting on port %d (process group of %d)", self._port, guard.pid)
@@ -210,10 +212,12 @@ class EngineProcess:
             os.close(
                 leash
             )  # the guard now ends what is left of the engine, whether or not we are there to wait
-            await asyncio.gather(ended, watch, return_exceptions=True)
-            engine_guard.end_session(guard.pid)  # somebody may have killed the guard
-            if was_ready:
-                await self.on_down()
+            try:
+                if was_ready:  # at once: to end an engine may take a while, and nobody should call it then
+                    await self.on_down()
+            finally:
+                await asyncio.gather(ended, watch, return_exceptions=True)
+                engine_guard.end_session(guard.pid)  # somebody may have killed the guard
 
     async def _spawn(self, command: EngineCommand) -> tuple[asyncio.subprocess.Process, int]:
         """Start the guard with the engine below it; returns it and the descriptor that holds it on."""

@@ -171,6 +171,7 @@ class Forwarder:
             try:
                 answer = await self._open(request, split, call, upstream, headers)
             except (aiohttp.ClientError, TimeoutError) as error:
+                endpoint.broke(error)
                 call.status = 502
                 await self._commit(call, class_without_answer(error), str(error) or repr(error))
                 return unreachable(upstream.base, error)
@@ -179,6 +180,8 @@ class Forwarder:
             finally:
                 self._let_go(answer, call)
         except (UpstreamCut, Untranslatable) as cut:
+            if isinstance(cut, UpstreamCut):
+                endpoint.broke(cut)
             if not call.ended:
                 self._submit(call, ErrorClass.CUT_STREAM, str(cut))
             raise ConnectionResetError(f"the upstream was cut: {cut}") from cut
@@ -248,6 +251,8 @@ class Forwarder:
             request=received.request,
             body=received.plain,
         )
+        if attribution.doubt is not None:
+            self._recorder.mark_incomplete(attribution.rollout_id, attribution.doubt)
         temperature = None
         if policy is not None:
             temperature = self._exploration.temperature(attribution.rollout_id, attribution.role)
@@ -290,7 +295,7 @@ class Forwarder:
         if asked is not received.request:
             prepared.sampling[EXPLORED] = True
         if tokens and shaped(prepared.sampling):
-            await endpoint.note_logprobs_mode(prepared.sampling, asked, headers)
+            endpoint.note_logprobs_mode(prepared.sampling, asked, headers)
         return prepared
 
     async def _relay(

@@ -11,7 +11,7 @@ class Hold:
     """A gate with named reasons to be closed. Open when there are none."""
 
     def __init__(self) -> None:
-        self._reasons: dict[str, int] = {}
+        self._reasons: dict[str, None] = {}  # in the order in which they came
         self._open = asyncio.Event()
         self._open.set()
         self.waiting = 0  # calls held right now
@@ -25,21 +25,19 @@ class Hold:
         return tuple(self._reasons)
 
     def close(self, reason: str) -> None:
-        """Hold calls for this reason, one time more."""
-        self._reasons[reason] = self._reasons.get(reason, 0) + 1
+        """Hold calls for this reason, which counts once however often it is given."""
+        self._reasons[reason] = None
         self._open.clear()
 
     def release(self, reason: str) -> None:
-        """Take one such reason away; the last one lets everybody go. Unknown: no effect."""
-        count = self._reasons.pop(reason, 0)
-        if count > 1:
-            self._reasons[reason] = count - 1
+        """Take a reason away; the last one lets everybody go. Unknown: no effect."""
+        self._reasons.pop(reason, None)
         if not self._reasons:
             self._open.set()
 
     @contextmanager
     def closed(self, reason: str) -> Iterator[None]:
-        """Hold calls for the length of a block."""
+        """Hold calls for the length of a block: one block at a time for a reason."""
         self.close(reason)
         try:
             yield

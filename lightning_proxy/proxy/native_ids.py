@@ -8,9 +8,11 @@ apart what differs in them (see ``lineage``).
 from __future__ import annotations
 
 import hashlib
+import hmac
+import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import orjson
 from multidict import istr
@@ -37,13 +39,45 @@ _METADATA = (
     ("thread_id", "thread", NAMED_SURE),
     ("trace_id", "trace", TRACE_SURE),
 )
+_PEPPER = os.urandom(16)
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,99}")
 
 
-def from_native_ids(headers: Mapping[str, str], request: Mapping[str, Any]) -> Attribution | None:
-    """The rollout that an agent's own ids name; ``None`` where it sends none that names a run."""
+class _Id(NamedTuple):
+    """What an agent sent: the prefix of the rollout's id, the id, what it is, how sure."""
+
+    prefix: str
+    id: str
+    by: str
+    sure: float
+
+
+def from_native_ids(
+    headers: Mapping[str, str],
+    request: Mapping[str, Any],
+    redacted: Callable[[dict[str, Any]], Any] | None = None,
+) -> Attribution | None:
+    """The rollout that an agent's own ids name; ``None`` where it sends none that names a run.
+
+    ``redacted``: a part of a request without what must not be kept. An id that would lose something does
+    not become a rollout's id, which is kept.
+    """
+    found = _from_headers(headers)
+    if found is not None:
+        kept = redacted is None or redacted({"id": found.id}) == {"id": found.id}
+        return _rollout(found, kept)
+    found = _from_body(request)
+    if found is None:
+        return None
+    if redacted is None:
+        return _rollout(found, kept=True)
+    left = redacted({name: request[name] for name in ("metadata", "conversation") if name in request})
+    return _rollout(found, kept=isinstance(left, dict) and _from_body(left) == found)
+
+
+def _from_headers(headers: Mapping[str, str]) -> _Id | None:
     if session := headers.get(_CLAUDE_SESSION):
-        return _rollout("claude", session, "claude_code", SESSION_SURE)
+        return _Id("claude", session, "claude_code", SESSION_SURE)
     for name in _SESSION_HEADERS:
         if session := headers.get(name):
             return _session(headers, session)
@@ -51,32 +85,32 @@ def from_native_ids(headers: Mapping[str, str], request: Mapping[str, Any]) -> A
         return _session(headers, session)
     for name in _THREAD_HEADERS:
         if thread := headers.get(name):
-            return _rollout("thread", thread, "thread_header", SESSION_SURE)
-    return _from_body(request)
+            return _Id("thread", thread, "thread_header", SESSION_SURE)
+    return None
 
 
-def _from_body(request: Mapping[str, Any]) -> Attribution | None:
+def _from_body(request: Mapping[str, Any]) -> _Id | None:
     metadata = request.get("metadata")
     if isinstance(metadata, dict) and metadata:
         if session := _claude_session(metadata.get("user_id")):
-            return _rollout("claude", session, "claude_code", SESSION_SURE)
+            return _Id("claude", session, "claude_code", SESSION_SURE)
         for key, prefix, sure in _METADATA:
             value = metadata.get(key)
             if isinstance(value, str) and value:
-                return _rollout(prefix, value, f"metadata.{key}", sure)
+                return _Id(prefix, value, f"metadata.{key}", sure)
     conversation = request.get("conversation")  # of the Responses API: a conversation kept by the server
     if isinstance(conversation, dict):
         conversation = conversation.get("id")
     if isinstance(conversation, str) and conversation:
-        return _rollout("conversation", conversation, "conversation", SESSION_SURE)
+        return _Id("conversation", conversation, "conversation", SESSION_SURE)
     return None
 
 
-def _session(headers: Mapping[str, str], session: str) -> Attribution:
+def _session(headers: Mapping[str, str], session: str) -> _Id:
     agent = headers.get(_ORIGINATOR) or headers.get("User-Agent") or ""
     if agent.lower().startswith("codex") or _CODEX_TURN in headers:
-        return _rollout("codex", session, "codex", SESSION_SURE)
-    return _rollout("session", session, "session_header", SESSION_SURE)
+        return _Id("codex", session, "codex", SESSION_SURE)
+    return _Id("session", session, "session_header", SESSION_SURE)
 
 
 def _claude_session(user_id: object) -> str | None:
@@ -101,8 +135,15 @@ def _text_in(json: str, key: str) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def _rollout(prefix: str, id_: str, by: str, sure: float) -> Attribution:
-    """The id as it is where it can be part of a rollout's id, else a digest of it."""
-    if not _PLAIN.fullmatch(id_):
-        id_ = hashlib.sha256(id_.encode("utf-8", "surrogatepass")).hexdigest()[:24]
-    return Attribution(f"{prefix}-{id_}" if prefix else id_, 1, None, by, sure)
+def _rollout(found: _Id, kept: bool) -> Attribution:
+    """The id as it is where it can be part of a rollout's id, else a digest of it.
+
+    Of what must not be kept the digest is keyed, for an address can be found out by trying all: it joins
+    the calls of a session until this process ends.
+    """
+    prefix, id_ = found.prefix, found.id
+    if not kept or not _PLAIN.fullmatch(id_):
+        data = id_.encode("utf-8", "surrogatepass")
+        digest = hashlib.sha256(data) if kept else hmac.new(_PEPPER, data, "sha256")
+        id_ = digest.hexdigest()[:24]
+    return Attribution(f"{prefix}-{id_}" if prefix else id_, 1, None, found.by, found.sure)

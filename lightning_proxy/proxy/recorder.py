@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_proxy.errors import StoreUnavailable
+from lightning_proxy.errors import StoreError, StoreUnavailable
 from lightning_proxy.store import Span, Writer
 
 from .metrics import Metrics
@@ -42,7 +42,7 @@ class Recorder:
     async def commit(self, span: Span) -> None:
         """Return once the span is durable, or the store is in trouble."""
         committed = self.submit(span)
-        if not (self._waiting_helps and self._writer.healthy):
+        if committed is None or not (self._waiting_helps and self._writer.healthy):
             return
         # asyncio.wait() does the same at several times the cost, on every call.
         loop = asyncio.get_running_loop()
@@ -61,10 +61,14 @@ class Recorder:
                 self._timeout_s, self._writer.last_error or "busy",
             )  # fmt: skip
 
-    def submit(self, span: Span) -> asyncio.Future[int]:
-        """Queue a span without waiting for it."""
+    def submit(self, span: Span) -> asyncio.Future[int] | None:
+        """Queue a span without waiting for it; ``None`` where the writer takes nothing any more."""
         started = time.perf_counter()
-        committed = self._writer.submit_span(span)
+        try:
+            committed = self._writer.submit_span(span)
+        except StoreError as error:  # it has ended: that is no reason for a call to fail
+            self._lost(span, error)
+            return None
         committed.add_done_callback(lambda future: self._committed(future, span, started))
         return committed
 
@@ -77,6 +81,9 @@ class Recorder:
             self._metrics.commit_seconds.observe(time.perf_counter() - started)
             self._metrics.spans.labels(span.wire, span.fidelity.value).inc()
             return
+        self._lost(span, error)
+
+    def _lost(self, span: Span, error: BaseException) -> None:
         self._metrics.capture_faults.labels("span_lost").inc()
         log.error("a span of rollout %s was lost: %s", span.rollout_id, error)
         if not isinstance(error, StoreUnavailable):  # else the writer marks it by itself
@@ -88,7 +95,12 @@ class Recorder:
         def mark(store: Any) -> None:
             store.mark_incomplete(rollout_id, why)
 
-        self._writer.submit(mark).add_done_callback(
+        try:
+            marked = self._writer.submit(mark)
+        except StoreError as error:
+            log.error("rollout %s could not be marked incomplete (%s): %s", rollout_id, why, error)
+            return
+        marked.add_done_callback(
             lambda future: future.cancelled() or future.exception()  # seen, whatever it was
         )
 

@@ -12,6 +12,8 @@ from lightning_proxy.errors import Conflict, StoreError
 from lightning_proxy.store import Store
 from lightning_proxy.store.retention import Deleted, Selection, delete_rollouts, empty_log, find_rollouts
 
+from .threads import OneThread
+
 log = logging.getLogger(__name__)
 INTERVAL_S = 3600.0
 
@@ -23,6 +25,7 @@ class Retention:
         """``keep_days``: of silence, after which a rollout is deleted; 0 keeps all of them."""
         self.keep_days = keep_days
         self._open_store = open_store
+        self._thread = OneThread("retention")
         self._lock = threading.Lock()  # one deletion at a time
         self._closing = threading.Event()
 
@@ -30,7 +33,7 @@ class Retention:
         """Delete what is old, again and again, until cancelled."""
         while True:
             try:
-                deleted = await asyncio.to_thread(self.delete_old)
+                deleted = await self._thread.run(self.delete_old)
             except StoreError as error:
                 log.warning("old rollouts could not be deleted, and will be tried again: %s", error)
             else:
@@ -43,6 +46,10 @@ class Retention:
         selection = Selection(silent_since=time.time() - self.keep_days * 86400)
         with self._lock, self._open_store() as store:
             return self._delete(store, find_rollouts(store, selection).rollout_ids)
+
+    async def delete(self, rollout_id: str) -> Deleted:
+        """As ``delete_one``, without blocking."""
+        return await self._thread.run(self.delete_one, rollout_id)
 
     def delete_one(self, rollout_id: str) -> Deleted:
         """Delete one rollout. Raises UnknownTarget, and Conflict where a training run holds it. Blocking."""

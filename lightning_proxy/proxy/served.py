@@ -6,6 +6,7 @@ the store.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import socket
@@ -13,9 +14,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
+
 from lightning_proxy.config import Settings
-from lightning_proxy.errors import ConfigError, EngineError, PublishFailed, UnknownTarget
-from lightning_proxy.store import VersionStatus, Writer
+from lightning_proxy.errors import (
+    ConfigError,
+    EngineError,
+    EngineUnreachable,
+    PublishFailed,
+    StoreError,
+    UnknownTarget,
+)
+from lightning_proxy.store import PolicyVersion, VersionStatus, Writer
 
 from .engine import Engine
 from .engine_process import EngineProcess, vllm_command
@@ -25,6 +35,7 @@ from .switch import Switch
 from .tasks import Tasks
 
 log = logging.getLogger(__name__)
+_LOOK_EVERY_S = 5.0  # no engine starts faster
 STARTING = "the engine is starting"
 RESTORING = "the active version is being restored"
 
@@ -51,6 +62,19 @@ class Served:
             await writer.submit(lambda store: store.add_base_version(self.policy, path))
         if self.process is None:
             await self._begin_with_active(writer, tasks)
+            tasks.spawn(f"look after the engine of {self.policy}", self._watch())
+
+    def broke(self, error: Exception) -> None:
+        """A call's connection to the engine failed, or broke off in mid-answer."""
+        if self.process is None:
+            self.switch.doubt(gone=isinstance(error, aiohttp.ClientConnectorError))
+
+    async def _watch(self) -> None:
+        """An engine that somebody else keeps up may be started again while nobody calls it."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if self.switch.matters_who_runs and await self.engine.is_there() is False:
+                self.switch.doubt(gone=True)
 
     async def _begin_with_active(self, writer: Writer, tasks: Tasks) -> None:
         """Version 0 is what the engine was started with; any other has to be loaded again.
@@ -74,24 +98,44 @@ class Served:
         except (EngineError, PublishFailed) as error:
             log.error("the engine does not run the active version of the policy %s: %s", self.policy, error)
             self.switch.lost()
+            if isinstance(error, EngineUnreachable):
+                self.switch.doubt(gone=True)  # it is tried again once it is back
         finally:
             self.hold.release(RESTORING)
 
-    async def supervise(self, writer: Writer) -> None:
+    async def supervise(self) -> None:
         """Keep our own vLLM up, and hold calls while it is not. Raises as ``EngineProcess.run``."""
-        assert self.process is not None, "asked of those that are our children"
+        process = self.process
+        assert process is not None, "asked of those that are our children"
         self.hold.close(STARTING)
 
         async def ready() -> None:
-            self.switch.started_with(await writer.submit(lambda store: store.active_version(self.policy)))
+            try:
+                version = await asyncio.to_thread(self._version_of, process.weights)
+            except StoreError as error:
+                log.error("which version of %s vLLM runs could not be looked up: %s", self.policy, error)
+                self.switch.lost()
+            else:
+                self.switch.started_with(version)
             self.hold.release(STARTING)
             log.info("vLLM is ready for %s", self.policy)
 
         async def down() -> None:
             self.hold.close(STARTING)
 
-        self.process.on_ready, self.process.on_down = ready, down
-        await self.process.run()
+        process.on_ready, process.on_down = ready, down
+        await process.run()
+
+    def _version_of(self, weights: Path | None) -> PolicyVersion | None:
+        """The version with these weights. Blocking.
+
+        Not the active one, which may be another by now; and not by the writer, which may have to wait.
+        """
+        with open_store(self.settings) as store:
+            versions = store.list_versions(self.policy)
+        same = [version for version in versions if Path(version.path) == weights]
+        active = (version for version in same if version.status is VersionStatus.ACTIVE)
+        return next(active, same[0] if same else None)
 
 
 class Policies:
@@ -113,9 +157,9 @@ class Policies:
         return found
 
     def version_of(self, name: str | None) -> int | None:
-        """The version that runs now, for a call that went to this policy; ``None`` where it is not known."""
+        """The version that runs at the end of a call to this policy; ``None`` where it is not known."""
         served = self._by_name.get(name) if name is not None else None
-        return None if served is None else served.switch.version
+        return None if served is None else served.switch.version_under_way
 
     @property
     def waiting(self) -> int:

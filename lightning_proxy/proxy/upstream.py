@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import time
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http import StreamWriter
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from lightning_proxy.errors import ConfigError
+from lightning_proxy.errors import ConfigError, InvalidInput
 
 from .attribution import KEY_PREFIX, api_keys
 
@@ -30,6 +34,9 @@ _NOT_ADDED = ("Content-Type", "Server")
 # uvicorn, vLLM's server, closes idle connections after 5 s, and at once after a pause: a pooled
 # connection is dropped well before that.
 _IDLE_S = 2.0
+_AT_ONCE_S = 1.0  # in which a request meets a connection that was closed before it
+_READ_OUT_S = 5.0  # for what comes after the last word: a comment, the end
+LONGEST_LINE = 2**16  # bytes of a request's or status line, or of a header, either way
 _LARGE_BODY = 2**20  # bytes; aiohttp warns of larger ones in one piece
 
 _connected: ContextVar[bool] = ContextVar("connected", default=False)
@@ -96,8 +103,8 @@ class Upstream:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             skip_auto_headers=_AUTO_HEADERS,
-            max_line_size=65536,
-            max_field_size=65536,
+            max_line_size=LONGEST_LINE,
+            max_field_size=LONGEST_LINE,
         )
 
     async def close(self) -> None:
@@ -117,15 +124,18 @@ class Upstream:
         """Send a request; return once the response's headers are there.
 
         A connection that the engine closed while it lay in the pool fails before a byte comes
-        back: that one case is tried again, once. A connection that was made for this request and
-        breaks is the answer that the agent would have got. Raises aiohttp.ClientError.
+        back, and at once: that one case is tried again, once. A connection that was made for this
+        request and breaks, or one that breaks later, while the engine may be at work on the request, is
+        the answer that the agent would have got. Raises aiohttp.ClientError.
         """
         url = self.url(path_and_query)
         _connected.set(False)
+        begun = time.monotonic()
         try:
             return await self._request(method, url, headers, body)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-            if _connected.get() or not (body is None or isinstance(body, bytes)):
+            at_once = time.monotonic() - begun < _AT_ONCE_S
+            if _connected.get() or not at_once or not (body is None or isinstance(body, bytes)):
                 raise
             return await self._request(method, url, headers, body)
 
@@ -138,7 +148,10 @@ class Upstream:
         return await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
 
     def request_headers(self, headers: CIMultiDictProxy[str], *, captured: bool) -> CIMultiDict[str]:
-        """What of an agent's headers goes to the upstream."""
+        """What of an agent's headers goes to the upstream.
+
+        Raises InvalidInput for one that aiohttp's client would alter without a word.
+        """
         kept = _end_to_end(headers)
         kept.popall("Host", None)
         kept.popall("Expect", None)  # the agent was told to go on by us
@@ -149,6 +162,11 @@ class Upstream:
             kept.popall("Content-Length", None)
             kept["Accept-Encoding"] = "identity"
         self._set_key(kept)
+        for name, value in kept.items():
+            if not _is_utf8(value):
+                raise InvalidInput(
+                    f"the header {name} holds bytes that are no UTF-8, and cannot be passed on"
+                )
         return kept
 
     def _set_key(self, headers: CIMultiDict[str]) -> None:
@@ -179,14 +197,18 @@ def reset_at_the_end(answer: aiohttp.ClientResponse) -> OSError | None:
 
 
 async def read_out(answer: aiohttp.ClientResponse) -> None:
-    """Read what is left of an answer that nobody waits for, and give its connection back."""
+    """Read what is left of an answer that nobody waits for, and give its connection back.
+
+    An upstream that does not end its answer is left: its connection would stay open for good.
+    """
     try:
-        async for _ in answer.content.iter_any():
-            pass
+        async with asyncio.timeout(_READ_OUT_S):
+            async for _ in answer.content.iter_any():
+                pass
     except (aiohttp.ClientError, ConnectionError, TimeoutError):
-        pass  # it broke off after its last word: nothing is missing
+        pass  # after its last word: nothing is missing
     finally:
-        answer.release()
+        answer.release()  # which closes a connection whose answer is not at its end
 
 
 def response_headers(headers: CIMultiDictProxy[str], *, rewritten: bool) -> CIMultiDict[str]:
@@ -199,12 +221,35 @@ def response_headers(headers: CIMultiDictProxy[str], *, rewritten: bool) -> CIMu
     return kept
 
 
-async def only_the_upstreams(_: web.Request, response: web.StreamResponse) -> None:
-    """Before the headers of an answer go out: take out what ``response_headers`` has left empty."""
+async def only_the_upstreams(request: web.Request, response: web.StreamResponse) -> None:
+    """Before the headers of an answer go out: take out what ``response_headers`` has left empty.
+
+    Bytes that are no UTF-8 go out as they came, where aiohttp's server would leave them out.
+    """
     headers = response.headers
     for name in _NOT_ADDED:
         if headers.get(name) == "":
             del headers[name]
+    if not (_is_utf8(response.reason or "") and all(map(_is_utf8, headers.values()))):
+        writer: Any = request.writer
+        writer.write_headers = partial(_write_headers, writer)
+
+
+async def _write_headers(writer: Any, status_line: str, headers: CIMultiDict[str]) -> None:
+    await StreamWriter.write_headers(writer, status_line, headers)  # which checks them, too
+    lines = [status_line, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    writer._headers_buf = "\r\n".join(lines).encode("utf-8", "surrogateescape")
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether what aiohttp read of a line was UTF-8: other bytes are surrogates in it."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

@@ -47,6 +47,11 @@ class Endpoint:
         version = served.switch.version
         return (None, None) if version is None else (served.policy, version)
 
+    def broke(self, error: Exception) -> None:
+        """The connection of a call failed, or broke off in mid-answer."""
+        if self.served is not None:
+            self.served.broke(error)
+
     async def gives_tokens(self, headers: Mapping[str, str]) -> bool:
         """Whether it can be asked for token ids. ``headers``: the agent's, with the key to ask by."""
         if self.capture == "auto":
@@ -61,12 +66,9 @@ class Endpoint:
             return MessagesWire(await self.engine.keeps_inline_system(request.get("model"), headers))
         return wire
 
-    async def note_logprobs_mode(
-        self, sampling: dict[str, Any], request: Json, headers: Mapping[str, str]
-    ) -> None:
+    def note_logprobs_mode(self, sampling: dict[str, Any], request: Json, headers: Mapping[str, str]) -> None:
         """Add to a call's sampling parameters, that its logprobs will be those of what it is sampled from."""
-        if await self.engine.tells_processed_logprobs(request.get("model"), headers):
-            sampling["logprobs_mode"] = "processed_logprobs"
+        self.engine.note_logprobs_mode(sampling, request.get("model"), headers)
 
     async def _responses(self, request: Json, headers: Mapping[str, str]) -> ResponsesWire:
         probe, model = self.engine.responses, request.get("model")

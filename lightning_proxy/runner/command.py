@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,10 @@ from lightning_proxy.runner.process import how_it_ended
 from lightning_proxy.store.records import ErrorClass
 
 log = logging.getLogger(__name__)
+
+# The proxy's settings hold its token and its upstream's key, vLLM's what its environment does;
+# compose.yaml takes the token from LIGHTNING_TOKEN.
+_SECRETS = re.compile(r"LIGHTNING_(PROXY__|ENGINE__|TOKEN$)", re.IGNORECASE)
 
 EXIT_NOT_FOUND = 127  # as shells have it
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -57,7 +62,7 @@ def run_command(argv: Sequence[str], proxy: ProxyClient, wanted: RolloutRequest 
     wanted = wanted or RolloutRequest()
     request = {"rollout_id": wanted.rollout_id, "task_id": wanted.task_id, "role": wanted.role}
     rollout = proxy.request("POST", "/api/rollouts", {k: v for k, v in request.items() if v is not None})
-    env = {**os.environ, **agent_environment(proxy.url, rollout, wanted.role)}
+    env = {**passed_on(os.environ), **agent_environment(proxy.url, rollout, wanted.role)}
     with _Signals() as signals:
         command = subprocess.Popen(argv, env=env)
         signals.go_to(command)
@@ -72,6 +77,11 @@ def run_command(argv: Sequence[str], proxy: ProxyClient, wanted: RolloutRequest 
     except LightningError as error:
         log.warning("the end of rollout %s was not recorded: %s", rollout["rollout_id"], error)
     return code if code >= 0 else 128 - code
+
+
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of our own environment an agent gets: not the secrets of the proxy, which open everything."""
+    return {name: value for name, value in environment.items() if not _SECRETS.match(name)}
 
 
 def agent_environment(
@@ -111,6 +121,8 @@ class _Signals:
 
     def __enter__(self) -> Self:
         self._before = {signum: signal.signal(signum, self._forward) for signum in _FORWARDED}
+        # Where it is inherited as ignored, the kernel keeps no exit code for us.
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return self
 
     def __exit__(self, *exc: object) -> None:

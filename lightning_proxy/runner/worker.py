@@ -26,7 +26,7 @@ from typing import Any, Self
 from lightning_proxy.client.proxy import ProxyClient
 from lightning_proxy.errors import InvalidInput, LightningError
 from lightning_proxy.runner import pool as pools
-from lightning_proxy.runner.command import agent_environment
+from lightning_proxy.runner.command import agent_environment, passed_on
 from lightning_proxy.runner.names import Name
 from lightning_proxy.runner.pool import Pool
 from lightning_proxy.runner.process import AgentProcess, Warden, how_it_ended
@@ -42,6 +42,7 @@ _PATIENCE_S = 10.0  # for a proxy that is away, once we were told to stop
 _LONGEST_BEAT_S = 10.0
 _SHORTEST_BEAT_S = 0.2
 _PROGRESS_S = 2.0
+_MOST_FAULTS = 3  # of the runner's own, with one rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ class Runner:
         self._on_progress = on_progress
         self._done = Done()
         self._running: dict[tuple[str, int], _Running] = {}
-        self._lock = threading.Lock()  # guards _running and _done
+        self._faults: Counter[str] = Counter()  # of this runner's own, by rollout
+        self._lock = threading.Lock()  # guards _running, _done and _faults
         self._under_way = 0  # attempts that have a thread; for the claiming thread alone
         self._freed: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each thread that ended
         self._stopping_since: float | None = None
@@ -187,7 +189,7 @@ class Runner:
             log.exception("attempt %d of rollout %s went wrong in the runner", key[1], key[0])
             if process is not None:
                 process.kill()
-            self._give_back(given, f"the runner failed: {error}")
+            self._after_fault(given, f"the runner failed: {error}")
         finally:
             with self._lock:
                 self._running.pop(key, None)
@@ -197,8 +199,12 @@ class Runner:
         """The agent's process; None where there is none, and the attempt has ended or is given back."""
         log_file = self._work.logs / f"{given['rollout_id']}-{given['attempt']}.log"
         try:
-            self._warden.check()
             argv = fill_in(self._work.argv, given)
+        except InvalidInput as error:  # the pool has tasks of other shapes: this one is not for this command
+            self._finish(given, "failed", str(error), "agent_crash")
+            return None
+        try:
+            self._warden.check()
             return AgentProcess(
                 argv,
                 env=self._environment(given, log_file),
@@ -224,9 +230,19 @@ class Runner:
     def _give_back(self, given: dict[str, Any], why: str) -> None:
         self._end_with(given, lambda: self._pool.release(given, why), "released")
 
+    def _after_fault(self, given: dict[str, Any], why: str) -> None:
+        """Give an attempt back, but not again and again: what went wrong here may do so every time."""
+        with self._lock:
+            self._faults[given["rollout_id"]] += 1
+            last = self._faults[given["rollout_id"]] >= _MOST_FAULTS
+        if last:
+            self._finish(given, "failed", why, "proxy_fault")
+        else:
+            self._give_back(given, why)
+
     def _environment(self, given: dict[str, Any], log_file: Path) -> dict[str, str]:
         env = {
-            **os.environ,
+            **passed_on(os.environ),
             **agent_environment(self._proxy.url, given, attempt=given["attempt"]),
             **task_environment(given),
         }
@@ -354,7 +370,7 @@ class Runner:
 
 
 class _Signals:
-    """Has the runner stop in order while it is at work."""
+    """Has the runner stop in order while it is at work, and hear how its agents end."""
 
     def __init__(self, stop: Callable[[int], None]) -> None:
         self._stop = stop
@@ -363,6 +379,8 @@ class _Signals:
     def __enter__(self) -> Self:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._before[signum] = signal.signal(signum, self._handle)
+        # Where it is inherited as ignored, the kernel keeps no exit code for us.
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return self
 
     def __exit__(self, *exc: object) -> None:

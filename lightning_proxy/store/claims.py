@@ -128,7 +128,12 @@ class Claims(Tasks):
                     "attempt": attempt,
                 },
             )
-            self.sweep_tasks()
+            # Nobody else's lease: while the store was in trouble, their heartbeats may wait behind this one.
+            now = time.time()
+            for row in self.rows(
+                f"{_OVERDUE} AND p.rollout_id = :rollout_id", {"now": now, "rollout_id": rollout_id}
+            ):
+                self._sweep(row, now)
             row = self._pool_row(rollout_id)
             if row["attempt"] == attempt and row["state"] == "running":
                 return LeaseState(False, None, row["lease_expires_at"])

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from lightning_proxy.errors import StoreError, StoreUnavailable
+from lightning_proxy.errors import LightningError, StoreError, StoreUnavailable
 from lightning_proxy.store.connection import Synchronous
 from lightning_proxy.store.records import Span
 from lightning_proxy.store.store import Store
@@ -32,14 +33,16 @@ _LARGEST_BATCH = 256  # so that other processes get their turn, and the first in
 _COMMIT_SIBLINGS = 4  # spans on their way from which on a commit waits
 _COMMIT_DELAY_S = 0.005
 _BUSY_S = 0.010  # since the last commit: longer ago, and company is unlikely to come
+_MOST_FAULTS = 3  # of a job that breaks the connection or this code, time and again
 _SHORTEST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
+_NO_SILENCE_S = 1.0  # a write that waited longer: signs of life may be waiting as well
 
 
 class _Job:
     """A function to run, or a span to add, and the future of its result."""
 
-    __slots__ = ("fn", "future", "span")
+    __slots__ = ("faults", "fn", "future", "size", "span")
 
     def __init__(
         self, future: asyncio.Future[Any], fn: Callable[[Store], Any] | None = None, span: Span | None = None
@@ -47,6 +50,8 @@ class _Job:
         self.future = future
         self.fn = fn
         self.span = span
+        self.faults = 0  # errors that it was alone with
+        self.size = 0 if span is None else _bytes_of(span)
 
 
 _Outcome = tuple["asyncio.Future[Any]", Any, Exception | None]
@@ -71,10 +76,15 @@ class Writer:
         busy_timeout_s: float = 5.0,
         create: bool = True,
         max_pending: int = 10_000,
+        max_pending_bytes: int = 256 * 2**20,
     ) -> None:
-        """``max_pending``: spans that may wait; see :meth:`submit_span`. The rest: :meth:`Store.open`."""
+        """``max_pending``, ``max_pending_bytes``: of spans that may wait; see :meth:`submit_span`.
+
+        The rest: :meth:`Store.open`.
+        """
         self.path = Path(path)
         self.max_pending = max_pending
+        self.max_pending_bytes = max_pending_bytes
         self.healthy = True  # False from a failed transaction until one succeeds
         self.on_their_way = 0  # spans that will come soon: kept by whoever knows, on the event loop
         self.dropped = 0  # spans given up since the start
@@ -85,11 +95,14 @@ class Writer:
         self._lock = threading.Lock()  # guards everything below
         self._waiting: deque[_Job] = deque()
         self._waiting_spans = 0
+        self._waiting_bytes = 0  # of these spans
         self._in_hand = 0  # jobs in the transaction that runs
+        self._alone = 0  # jobs that are to be written one by one, for one of them may be at fault
         self._incomplete: dict[str, str] = {}  # rollouts that lost a span: why
         self._idle = False  # the thread waits on _wake
         self._closing = False
         self._committed_at = 0.0  # monotonic
+        self._tried_since: float | None = None  # monotonic: when the transaction that runs was first tried
         self._wake = threading.Semaphore(0)
         self._give_up = threading.Event()
         self._thread: threading.Thread | None = None
@@ -144,17 +157,19 @@ class Writer:
     def submit_span(self, span: Span) -> asyncio.Future[int]:
         """Add a span in the next transaction; the future has its id once that has committed.
 
-        Where more than ``max_pending`` spans wait, the oldest is dropped: its future fails with
-        ``StoreUnavailable`` and its rollout is marked incomplete as soon as that can be written.
+        Where more than ``max_pending`` spans wait, or more than ``max_pending_bytes`` of them, the oldest
+        are dropped: their futures fail with ``StoreUnavailable`` and their rollouts are marked
+        incomplete as soon as that can be written.
         """
         job = _Job(self._new_future(), span=span)
         with self._lock:
             self._enqueue(job)
-            self._waiting_spans += 1
-            oldest = self._drop_oldest_span() if self._waiting_spans > self.max_pending else None
+            self._count((job,), 1)
+            dropped = self._drop_what_is_too_much()
             self._wake_up()
-        if oldest is not None and not oldest.future.done():
-            oldest.future.set_exception(self._lost())
+        for oldest in dropped:
+            if not oldest.future.done():
+                oldest.future.set_exception(self._lost())
         return job.future
 
     def _new_future(self) -> asyncio.Future[Any]:
@@ -169,7 +184,10 @@ class Writer:
         self._waiting.append(job)
 
     def _lost(self) -> StoreUnavailable:
-        return StoreUnavailable(f"more than {self.max_pending} spans wait: the oldest was dropped")
+        return StoreUnavailable(
+            f"more than {self.max_pending} spans, or {self.max_pending_bytes >> 20} MiB of them, wait: "
+            "the oldest was dropped"
+        )
 
     def _wake_up(self) -> None:
         """Called with the lock held."""
@@ -177,39 +195,58 @@ class Writer:
             self._idle = False
             self._wake.release()
 
-    def _drop_oldest_span(self) -> _Job | None:
-        """Called with the lock held. The spans of the transaction that runs are out of reach."""
-        for index, job in enumerate(self._waiting):
+    def _count(self, jobs: Iterable[_Job], sign: int) -> None:
+        """The spans among jobs wait from now on (1), or no longer (-1). Called with the lock held."""
+        for job in jobs:
             if job.span is not None:
-                del self._waiting[index]
-                self._waiting_spans -= 1
-                self.dropped += 1
-                self._incomplete.setdefault(job.span.rollout_id, _WHY_DROPPED)
-                return job
-        return None
+                self._waiting_spans += sign
+                self._waiting_bytes += sign * job.size
+
+    def _drop_what_is_too_much(self) -> list[_Job]:
+        """Called with the lock held. The spans of the transaction that runs are out of reach, and so
+        is the newest one, however large."""
+        dropped = []
+        while self._waiting_spans > self.max_pending or (
+            self._waiting_bytes > self.max_pending_bytes and self._waiting_spans > 1
+        ):
+            index = next(i for i, job in enumerate(self._waiting) if job.span is not None)
+            job = self._waiting[index]
+            del self._waiting[index]
+            self._count((job,), -1)
+            self._give_up_span(job, _WHY_DROPPED)
+            dropped.append(job)
+        return dropped
+
+    def _give_up_span(self, job: _Job, why: str) -> None:
+        """Called with the lock held."""
+        if job.span is not None:
+            self.dropped += 1
+            self._incomplete.setdefault(job.span.rollout_id, why)
 
     # Everything below runs in the writer's thread.
 
-    def _work(self, store: Store) -> None:
+    def _work(self, store: Store | None) -> None:
+        """Write until the writer closes. Nothing else ends the thread: without it, nothing is recorded."""
         pause_s = _SHORTEST_PAUSE_S
         try:
             while batch := self._take():
                 try:
+                    store = store or self._open()
                     outcomes = self._write(store, batch)
-                except StoreError as error:
+                except BaseException as error:  # noqa: BLE001 - whatever it is, calls are to be recorded
+                    if _is_broken(store, error):
+                        _close(store)
+                        store = None
                     self._failed(batch, error)
                     if self._give_up.wait(pause_s):
                         break
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                except BaseException as error:  # not an error of the database or of a job: this code's own
-                    self._failed(batch, StoreError(repr(error)))
-                    raise
                 else:
                     pause_s = _SHORTEST_PAUSE_S
                     self._succeeded(outcomes)
         finally:
             self._finish()
-            store.close()
+            _close(store)
             self._call_loop(self._end)
 
     def _take(self) -> list[_Job]:
@@ -222,9 +259,10 @@ class Writer:
         if self._company_will_come():
             self._give_up.wait(_COMMIT_DELAY_S)
         with self._lock:
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _LARGEST_BATCH))]
+            size = 1 if self._alone else _LARGEST_BATCH
+            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), size))]
             self._in_hand = len(batch)
-            self._waiting_spans -= sum(job.span is not None for job in batch)
+            self._count(batch, -1)
             return batch
 
     def _company_will_come(self) -> bool:
@@ -235,6 +273,7 @@ class Writer:
         """Commit a batch. Savepoints cost more than the writes, so they are for when they are needed."""
         with self._lock:
             incomplete = dict(self._incomplete)
+        self._tried_since = self._tried_since or time.monotonic()
         try:
             outcomes = self._transact(store, batch, incomplete, savepoints=False)
         except _Undone:
@@ -242,6 +281,7 @@ class Writer:
         with self._lock:
             for rollout_id in incomplete:
                 del self._incomplete[rollout_id]
+        self._tried_since = None
         return outcomes
 
     def _transact(
@@ -249,9 +289,13 @@ class Writer:
     ) -> list[_Outcome]:
         outcomes: list[_Outcome] = []
         with store.transaction():
+            if time.monotonic() - (self._tried_since or 0.0) > _NO_SILENCE_S:
+                store.forgive_downtime()  # before anything that takes silence for death
             for rollout_id, why in incomplete.items():
                 store.mark_incomplete(rollout_id, why)
             for job in batch:
+                if job.span is None and job.future.cancelled():  # nobody waits: a claim would be for nobody
+                    continue
                 changes = store.connection.total_changes
                 try:
                     if savepoints:
@@ -269,30 +313,53 @@ class Writer:
                     outcomes.append((job.future, result, None))
         return outcomes
 
-    def _failed(self, batch: list[_Job], error: StoreError) -> None:
+    def _failed(self, batch: list[_Job], error: BaseException) -> None:
         if self.healthy:
             _log.warning("%s: %s; %d writes wait and are tried again", self.path, error, self.pending)
         self.healthy = False
-        self.last_error = str(error)
+        self.last_error = str(error) if isinstance(error, StoreError) else repr(error)
+        if not isinstance(error, (LightningError, sqlite3.Error)) and self._is_to_blame(batch, error):
+            return
         with self._lock:
             self._waiting.extendleft(reversed(batch))
-            self._waiting_spans += sum(job.span is not None for job in batch)
+            self._count(batch, 1)
             self._in_hand = 0
-            over = max(0, self._waiting_spans - self.max_pending)
-            dropped = [job for job in (self._drop_oldest_span() for _ in range(over)) if job is not None]
+            dropped = self._drop_what_is_too_much()
         if dropped:
             self._call_loop(_resolve, [(job.future, None, self._lost()) for job in dropped])
+
+    def _is_to_blame(self, batch: list[_Job], error: BaseException) -> bool:
+        """After an error that is neither the database's nor a job's own to its caller.
+
+        The jobs are tried one by one, so that one which always brings it about is found, and given up.
+        """
+        if len(batch) > 1:
+            self._alone = len(batch)
+            return False
+        job = batch[0]
+        job.faults += 1
+        if job.faults < _MOST_FAULTS:
+            return False
+        _log.error("%s: a write is given up: %r", self.path, error, exc_info=error)
+        with self._lock:
+            self._in_hand = 0
+            self._give_up_span(job, f"a span could not be written: {error!r}")
+        self._alone = max(0, self._alone - 1)
+        given_up = StoreUnavailable(f"the write was given up: {error!r}")
+        self._call_loop(_resolve, [(job.future, None, given_up)])
+        return True
 
     def _succeeded(self, outcomes: list[_Outcome]) -> None:
         if not self.healthy:
             _log.warning("%s: can be written again; %d spans were dropped so far", self.path, self.dropped)
         self.healthy = True
         self._committed_at = time.monotonic()
+        self._alone = max(0, self._alone - 1)
         self._in_hand = 0
         self._call_loop(_resolve, outcomes)
 
     def _finish(self) -> None:
-        """Fail what is left: nothing, unless the database stayed unavailable or a job broke the thread."""
+        """Fail what is left: nothing, unless the database stayed unavailable."""
         with self._lock:
             self._closing = True
             left = list(self._waiting)
@@ -316,6 +383,31 @@ class Writer:
         except RuntimeError:
             if not loop.is_closed():  # closed: nobody waits for the futures any more
                 raise
+
+
+def _bytes_of(span: Span) -> int:
+    """About what a span takes up in memory."""
+    arrays = (
+        array
+        for generation in span.generations
+        for array in (generation.prompt_token_ids, generation.response_token_ids, generation.logprobs)
+    )
+    return len(span.request) + len(span.response or b"") + sum(len(a) * a.itemsize for a in arrays)
+
+
+def _is_broken(store: Store | None, error: BaseException) -> bool:
+    """Whether a connection is good for nothing more: what it writes inside a transaction that it
+    could not roll back would never be committed."""
+    return not isinstance(error, StoreUnavailable) or (store is not None and store.connection.in_transaction)
+
+
+def _close(store: Store | None) -> None:
+    """Close a store as well as that can be done."""
+    if store is not None:
+        try:
+            store.close()
+        except sqlite3.Error as error:
+            _log.warning("%s could not be closed: %r", store.path, error)
 
 
 def _run(job: _Job, store: Store) -> Any:

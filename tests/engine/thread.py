@@ -69,7 +69,9 @@ class EngineThread:
         return self.calls
 
     def stop(self) -> None:
-        """Break every connection and end the thread."""
+        """Break every connection and end the thread. Done before: no effect."""
+        if self._loop.is_closed():
+            return
 
         async def stop() -> None:
             self.engine.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_proxy.proxy.attribution import (
     Attribution,
     api_keys,
     from_headers,
+    from_session_headers,
     own_rollout,
     parse_baggage,
     split_path,
@@ -59,6 +61,25 @@ def test_a_path_names_rollout_attempt_and_role(path: str, rest: str, attribution
 def test_other_paths_name_nobody(path: str) -> None:
     split = split_path(path)
     assert (split.path, split.attribution) == (path, None)
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        ("http://any.host/v1/models?limit=1", "/v1/models?limit=1"),
+        ("https://any.host:8443/rollout/r1/v1/models", "/v1/models"),
+        ("HTTP://any.host", "/"),
+        ("http://any.host?x=1", "/?x=1"),
+    ],
+)
+def test_a_target_may_be_a_whole_url(target: str, path: str) -> None:
+    assert split_path(target).path == path
+
+
+@pytest.mark.parametrize("target", ["*", "any.host:443", "@any.host/v1", "any.host/v1", ""])
+def test_a_target_without_a_path_is_refused(target: str) -> None:
+    with pytest.raises(InvalidInput, match="is no path"):
+        split_path(target)
 
 
 @pytest.mark.parametrize("path", ["/rollout/r1/v1?x=1", "/rollout/r1?x=1", "/rollout/r1/attempt/2/v1?a=/b"])
@@ -110,7 +131,7 @@ def test_an_id_that_cannot_be_one_is_refused_with_what_would_be_right(path: str,
     ],
 )
 def test_headers_name_a_rollout(sent: CIMultiDict[str], expected: Attribution) -> None:
-    assert from_headers(sent) == expected
+    assert (from_headers(sent) or from_session_headers(sent)) == expected
 
 
 @pytest.mark.parametrize(
@@ -124,7 +145,7 @@ def test_headers_name_a_rollout(sent: CIMultiDict[str], expected: Attribution) -
     ],
 )
 def test_a_header_that_holds_no_id_names_nobody(sent: CIMultiDict[str]) -> None:
-    assert from_headers(sent) is None
+    assert from_headers(sent) is from_session_headers(sent) is None
 
 
 @pytest.mark.parametrize("attempt", ["0", "-3", "x", "9" * 20, "9" * 5000, "²", ""])
@@ -172,6 +193,9 @@ async def test_the_path_goes_before_headers_and_headers_before_keys() -> None:
     by_key = Attribution("by-key", 2, "writer", "key", 1.0)
     for _ in range(2):
         assert await attributor.attribute(None, headers(Authorization="Bearer lp-1")) == by_key
+    for session in ({"X_Session_Id": "s"}, {"baggage": "session.id=s"}):  # agents send those by themselves
+        assert await attributor.attribute(None, headers(Authorization="Bearer lp-1", **session)) == by_key
+        assert (await attributor.attribute(None, headers(**session))).rollout_id == "s"
     assert asked == ["lp-1"]
 
 
@@ -193,8 +217,10 @@ async def test_a_store_in_trouble_leaves_the_call_alone_and_asks_again_later() -
         return KeyOwner("r", 1)
 
     attributor = Attributor(look_up)
-    assert (await attributor.attribute(None, headers(x_api_key="lp-1"))).by == "none"
-    assert (await attributor.attribute(None, headers(x_api_key="lp-1"))).rollout_id == "r"
+    first = await attributor.attribute(None, headers(x_api_key="lp-1"))
+    assert (first.by, first.doubt) == ("none", "the key of a call could not be looked up: locked")
+    again = await attributor.attribute(None, headers(x_api_key="lp-1"))
+    assert (again.rollout_id, again.doubt) == ("r", None)
 
 
 async def test_a_role_header_fills_in_and_never_overrides() -> None:
@@ -303,10 +329,8 @@ async def test_a_store_that_does_not_answer_holds_no_call() -> None:
 
 
 async def test_conversations_that_are_looked_up_at_once_are_all_found() -> None:
-    both = threading.Barrier(2, timeout=30)
-
     def find(digests: Sequence[bytes], ids: Sequence[str]) -> Sequence[ConversationEnd]:
-        both.wait()
+        time.sleep(0.1)
         return [ConversationEnd("r", 1, digests[0], b"{}", extended=False)]
 
     attributor = Attributor(lambda key: None, find, patience_s=30)

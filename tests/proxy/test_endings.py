@@ -198,6 +198,29 @@ def test_an_answer_that_has_said_its_last_word_is_read_out_though_the_agent_has_
         wait_until(lambda: send(proxy.url, CHAT, STREAM).status == 200 and calls[-1] is calls[0])
 
 
+def test_an_answer_that_does_not_end_after_its_last_word_is_left_once_the_agent_has_left(
+    make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_proxy.proxy.upstream._READ_OUT_S", 0.5)
+    left = threading.Event()
+
+    def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
+        connection.sendall(STREAM_HEAD + http_chunks(DELTA, LAST, end=False))
+        connection.settimeout(20)
+        if connection.recv(1) == b"":
+            left.set()
+        return False
+
+    with raw_upstream(answer) as upstream:
+        proxy = make_proxy(upstream.base_url)
+        with Call(proxy.url, CHAT, STREAM) as call:
+            call.read_until(b"[DONE]\n\n")
+            assert not left.wait(1), "the agent is there: the stream is as the upstream has it"
+            call.hang_up()
+        assert left.wait(10)
+        assert recorded(proxy)[0].error_class is None
+
+
 # -- at once -------------------------------------------------------------------------------------
 
 

@@ -9,17 +9,27 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lightning_proxy.config import Settings
 from lightning_proxy.config.settings import EngineSettings
 from lightning_proxy.errors import ConfigError, EngineDied
+from lightning_proxy.proxy import served
 from lightning_proxy.proxy.engine_process import EngineCommand, EngineProcess, build_command, has_tied_head
+from lightning_proxy.proxy.hold import Hold
+from lightning_proxy.proxy.metrics import Metrics
+from lightning_proxy.proxy.reader import open_store
+from lightning_proxy.proxy.switch import Switch
+from lightning_proxy.proxy.tasks import Tasks
+from lightning_proxy.store import Store
 
 SCRIPT = Path(__file__).with_name("engine_script.py")
 
@@ -137,6 +147,62 @@ async def test_an_engine_whose_core_is_dead_is_replaced_though_its_server_answer
         await not_ready(process)
         await asyncio.wait_for(process.ready.wait(), 60)
         assert await get(process, "/children") != first
+
+
+async def test_an_engine_is_down_from_the_moment_it_is_given_up_however_long_its_end_takes(
+    tmp_path: Path,
+) -> None:
+    process = engine(tmp_path, "deaf")
+    down = asyncio.Event()
+
+    async def note() -> None:
+        down.set()
+
+    process.on_down = note
+    async with running(process):
+        await asyncio.wait_for(process.ready.wait(), 10)
+        server = int((await get(process, "/children")).split()[0])
+        await get(process, "/kill-core")
+        await asyncio.wait_for(down.wait(), 5)
+        assert alive(server), "it ignores SIGTERM for longer than that"
+        process._settings = engine(tmp_path)._settings  # the next one does not
+        os.kill(server, signal.SIGKILL)
+        await asyncio.wait_for(process.ready.wait(), 10)
+
+
+async def test_an_engine_that_dies_while_its_version_is_looked_up_holds_no_call_once_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.model_validate({"store": {"db": tmp_path / "lightning.db"}})
+    process, hold = engine(tmp_path), Hold()
+    asked, over = threading.Event(), threading.Event()
+
+    def slow_store(settings: Settings) -> Store:
+        if not asked.is_set():
+            asked.set()
+            over.wait(10)
+        return open_store(settings)
+
+    monkeypatch.setattr(served, "open_store", slow_store)
+    unused: Any = None
+    metrics, tasks = Metrics(), Tasks()
+    switch = Switch(
+        policy="policy", engine=unused, hold=hold, writer=unused, metrics=metrics, tasks=tasks, tolerance=0.05
+    )
+    task = asyncio.get_running_loop().create_task(
+        served.Served(settings, unused, hold, switch, process).supervise()
+    )
+    try:
+        assert await asyncio.to_thread(asked.wait, 10)
+        assert not hold.is_open
+        await get_and_lose(process, "/die")
+        await not_ready(process)
+        await asyncio.wait_for(process.ready.wait(), 10)
+        assert await hold.passed(5), hold.reasons
+    finally:
+        over.set()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_an_engine_that_keeps_dying_is_given_up_with_the_last_lines_of_its_log(tmp_path: Path) -> None:

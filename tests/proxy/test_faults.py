@@ -7,10 +7,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from lightning_proxy.proxy import question
 from lightning_proxy.proxy.app import PARTS
 from lightning_proxy.store import Fidelity, Store
 from tests.conftest import MakeProxy, ProxyProcess, ProxyThread, wait_until
@@ -145,7 +147,7 @@ def test_a_connection_that_is_reset_before_an_answer_is_a_502_after_one_more_try
         assert send(proxy.url, "/v1/embeddings", b"{}").status == 200
     else:
         assert send(proxy.url, "/healthz").status == 200
-        proxy._loop.call_soon_threadsafe(proxy._runner.app[PARTS].engine.__setattr__, "_is_vllm", True)
+        proxy._loop.call_soon_threadsafe(proxy._runner.app[PARTS].engine._is_vllm.__setattr__, "answer", True)
     answer = chat(proxy, list(Script(reset=True).to_header().items()))
     check_502(answer.status, answer.json)
     assert len(engine.calls) == (2 if pooled else 1)
@@ -332,7 +334,10 @@ def test_an_engine_that_refuses_what_the_settings_insist_on_is_heard(
     assert recorded(proxy)[0].error_class == "upstream_refused"
 
 
-def test_an_engine_that_was_busy_when_asked_what_it_is_is_asked_again(make_proxy: MakeProxy) -> None:
+def test_an_engine_that_was_busy_when_asked_what_it_is_is_asked_again_beside_the_calls(
+    make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(question, "_AGAIN_S", 0.3)
     asked: list[str] = []
 
     def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
@@ -355,7 +360,74 @@ def test_an_engine_that_was_busy_when_asked_what_it_is_is_asked_again(make_proxy
     with raw_upstream(both, models=False) as upstream:
         proxy = make_proxy(upstream.base_url)
         assert [chat(proxy).status for _ in range(3)] == [200] * 3
-    assert asked == ["models", "text", "models", "tokens", "tokens"]
+        assert asked == ["models", *["text"] * 3], "not at each call"
+        time.sleep(0.3)
+        chat(proxy)
+        wait_until(lambda: asked.count("models") == 2)
+        wait_until(lambda: chat(proxy).status == 200 and asked[-1] == "tokens")
+    assert asked.count("models") == 2
+
+
+@pytest.mark.parametrize("fault", ["403", "429", "500", "hangs"])
+def test_an_engine_that_does_not_say_what_it_is_delays_calls_once(
+    make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(question, "_PATIENCE_S", 0.5)
+    asked: list[float] = []
+
+    def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
+        if b"/v1/models" not in head.split(b"\r\n")[0]:
+            connection.sendall(http_answer(b'{"id":"x","choices":[]}', "Content-Type: application/json"))
+            return True
+        asked.append(time.monotonic())
+        time.sleep(3.0 if fault == "hangs" else 0.3)
+        status = "200 OK" if fault == "hangs" else f"{fault} X"
+        connection.sendall(http_answer(b"{}", "Content-Type: application/json", status=status))
+        return True
+
+    with raw_upstream(answer, models=False) as upstream, ThreadPoolExecutor(4) as pool:
+        proxy = make_proxy(upstream.base_url)
+        begun = time.monotonic()
+        assert [one.status for one in pool.map(lambda _: chat(proxy), range(4))] == [200] * 4
+        assert time.monotonic() - begun < 2
+        assert len(asked) == 1, "one question at a time"
+        begun = time.monotonic()
+        assert [chat(proxy).status for _ in range(3)] == [200] * 3
+        assert time.monotonic() - begun < 0.4
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize("processed", [True, False])
+def test_which_logprobs_an_engine_tells_is_asked_beside_the_calls(
+    make_proxy: MakeProxy, processed: bool
+) -> None:
+    answers_now = threading.Event()
+    warm = {**HELLO, "temperature": 0.7}
+
+    def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
+        said: Any = {"id": "x", "choices": []}
+        if b"/v1/models" in head.split(b"\r\n")[0]:
+            said = json.loads(VLLM_MODELS)
+        elif b"/v1/completions" in head.split(b"\r\n")[0]:
+            answers_now.wait(10)
+            gap = 1.0 / json.loads(body)["temperature"] if processed else 1.0
+            said = {"choices": [{"logprobs": {"top_logprobs": [{"a": -1.0, "b": -1.0 - gap}]}}]}
+        elif b"while it is asked" in body:
+            answers_now.set()
+            time.sleep(0.5)
+        connection.sendall(http_answer(json.dumps(said).encode(), "Content-Type: application/json"))
+        return True
+
+    with raw_upstream(answer, models=False) as upstream:
+        proxy = make_proxy(upstream.base_url)
+        begun = time.monotonic()
+        assert send(proxy.url, CHAT, warm).status == 200
+        assert time.monotonic() - begun < 3
+        asked = {**warm, "messages": [{"role": "user", "content": "while it is asked"}]}
+        assert send(proxy.url, CHAT, asked).status == 200
+        assert send(proxy.url, CHAT, warm).status == 200
+        modes = [span.sampling.get("logprobs_mode") for span in recorded(proxy, 3)]
+    assert modes == [None, *["processed_logprobs" if processed else None] * 2]
 
 
 def test_an_engine_that_answers_to_the_agents_key_only_is_asked_with_that(make_proxy: MakeProxy) -> None:
@@ -426,6 +498,29 @@ def test_a_connection_that_dies_just_as_it_is_used_again_is_not_the_agents_troub
         proxy = make_proxy(upstream.base_url)
         for _ in range(6):
             assert send(proxy.url, path, None if path == "/v1/other" else HELLO).status == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+def test_a_call_that_the_engine_worked_on_is_not_sent_again(
+    make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("lightning_proxy.proxy.upstream._AT_ONCE_S", 0.2)
+    bodies: list[bytes] = []
+
+    def answer(connection: socket.socket, head: bytes, body: bytes) -> bool:
+        bodies.append(body)
+        if len(bodies) == 1:
+            connection.sendall(http_answer(b"{}", "Content-Type: application/json"))
+            return True
+        time.sleep(0.5)
+        return False
+
+    with raw_upstream(answer) as upstream:
+        proxy = make_proxy(upstream.base_url, proxy={"capture": "text"})
+        assert send(proxy.url, path, HELLO).status == 200
+        answer_ = send(proxy.url, path, HELLO)
+        check_502(answer_.status, answer_.json)
+    assert len(bodies) == 2
 
 
 # -- the agent's troubles ------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -293,13 +294,18 @@ def test_system_messages_stand_where_the_engines_template_takes_them(
 
 
 def test_an_engine_that_does_not_tell_of_its_template_gets_system_messages_as_they_are(
-    engine: EngineThread, proxy: ProxyThread
+    engine: EngineThread, proxy: ProxyThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lightning_proxy.proxy.question._AGAIN_S", 0.0)
     engine.script(Script(status=404), path="/tokenize")
     send(proxy.url, MESSAGES, body_of({"messages": REMINDED}))
-    send(proxy.url, MESSAGES, body_of({"messages": REMINDED}))  # asked again, and told
-    assert [call.path for call in engine.calls] == [MESSAGES, CHAT]
-    assert [span.fidelity for span in recorded(proxy, 2)] == [Fidelity.TEXT, Fidelity.EXACT]
+    send(proxy.url, MESSAGES, body_of({"messages": REMINDED}))  # beside it, the engine is asked again
+    wait_until(lambda: sum(request.path == "/tokenize" for request in engine.requests) == 2)
+    time.sleep(0.1)
+    send(proxy.url, MESSAGES, body_of({"messages": REMINDED}))
+    assert [call.path for call in engine.calls] == [MESSAGES, MESSAGES, CHAT]
+    fidelities = [Fidelity.TEXT, Fidelity.TEXT, Fidelity.EXACT]
+    assert [span.fidelity for span in recorded(proxy, 3)] == fidelities
 
 
 def test_tokens_are_counted_as_they_are_read(engine: EngineThread, proxy: ProxyThread) -> None:

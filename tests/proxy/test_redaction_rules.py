@@ -249,6 +249,54 @@ def test_a_history_that_is_kept_elsewhere_is_not_vouched_for(
     assert json.dumps(ids).encode()[1:-1] not in on_disk(proxy)
 
 
+ADDRESS = "john.doe@example.com"  # which could be an id
+
+
+@pytest.mark.parametrize(
+    "rule", [EMAIL, {**EMAIL, "roles": ["writer"]}, {"name": "all", "path": "metadata.*"}]
+)
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"session_id": ADDRESS},
+        {"rollout_id": ADDRESS},
+        {"session_id": SECRET},
+        {"user_id": json.dumps({"session_id": ADDRESS})},
+    ],
+    ids=str,
+)
+def test_a_session_that_is_called_by_it_is_one_rollout_of_another_name(
+    make_proxy: MakeProxy, engine: EngineThread, rule: Json, sent: Json
+) -> None:
+    proxy = make_proxy(engine.base_url, redaction=[rule])
+    for _ in range(2):
+        chat(proxy, metadata=sent)
+    chat(proxy, metadata={**sent, next(iter(sent)): json.dumps({"session_id": "x@example.com"})})
+    first, second, other = recorded(proxy, 3)
+    assert first.rollout_id == second.rollout_id != other.rollout_id
+    for secret in (ADDRESS, SECRET):
+        assert secret not in first.rollout_id + other.rollout_id
+        if rule is EMAIL:
+            check_nothing_is_kept(proxy, engine, secret)
+
+
+@pytest.mark.parametrize("header", ["session-id", "thread-id", "x-claude-code-session-id"])
+def test_a_session_that_a_header_calls_by_it_has_another_name_too(
+    make_proxy: MakeProxy, engine: EngineThread, header: str
+) -> None:
+    proxy = make_proxy(engine.base_url, redaction=[EMAIL])
+    chat(proxy, [(header, ADDRESS)])
+    check_nothing_is_kept(proxy, engine, ADDRESS)
+
+
+def test_a_session_in_whose_name_no_rule_finds_anything_keeps_it(
+    make_proxy: MakeProxy, engine: EngineThread
+) -> None:
+    proxy = make_proxy(engine.base_url, redaction=[EMAIL, {"name": "user", "path": "metadata.user"}])
+    chat(proxy, metadata={"session_id": "s1", "user": SECRET})
+    assert recorded(proxy)[0].rollout_id == "session-s1"
+
+
 def test_comments_and_metadata_lose_it_as_well(make_proxy: MakeProxy, engine: EngineThread) -> None:
     proxy = make_proxy(engine.base_url, redaction=[EMAIL])
     send(proxy.url, "/api/rollouts", {"rollout_id": "r", "metadata": {"user": {"mail": SECRET}}})

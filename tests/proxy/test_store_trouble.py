@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import resource
 import sqlite3
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,6 +122,40 @@ def test_a_key_is_known_while_the_database_is_locked(engine: EngineThread, make_
     assert recorded(proxy)[0].rollout_id == "r1"
 
 
+def test_long_lists_that_somebody_asks_for_delay_no_look_up_of_a_call(
+    engine: EngineThread, make_proxy: MakeProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_proxy(engine.base_url)
+    question = [{"role": "user", "content": "tell me"}]
+    reply = send(first.url, CHAT, {**HELLO, "messages": question}).json["choices"][0]["message"]
+    begun_as = recorded(first)[0].rollout_id
+    with first.store() as store:
+        store.create_rollout(rollout_id="r1")
+        key = store.issue_key("r1")
+    proxy = make_proxy(engine.base_url)  # as after a restart
+    chat(proxy)
+    listed = Store.list_rollouts
+
+    def slowly(store: Store, **wanted: Any) -> Any:
+        time.sleep(0.3)
+        return listed(store, **wanted)
+
+    monkeypatch.setattr(Store, "list_rollouts", slowly)
+    with ThreadPoolExecutor(12) as pool:
+        lists = [pool.submit(send, proxy.url, "/api/rollouts") for _ in range(12)]
+        wait_until(lambda: any(one.running() for one in lists))
+        time.sleep(0.2)
+        begun = time.monotonic()
+        assert chat(proxy, [("Authorization", f"Bearer {key}")]).status == 200
+        goes_on = [*question, reply, {"role": "user", "content": "and then?"}]
+        assert send(proxy.url, CHAT, {**HELLO, "messages": goes_on}).status == 200
+        assert time.monotonic() - begun < 1.5
+        assert not all(one.done() for one in lists)
+        assert {one.result(30).status for one in lists} == {200}
+    spans = recorded(proxy, 4)
+    assert [span.rollout_id for span in spans[2:]] == ["r1", begun_as]
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process are Linux's")
 def test_a_full_disk_fails_no_call_and_everything_is_there_once_it_has_room_again(
     engine: EngineThread, make_proxy_process: MakeProxyProcess
@@ -170,3 +206,19 @@ def test_spans_given_up_are_counted_and_their_rollouts_marked(
         for number in range(8):
             rollout = store.get_rollout(f"r{number}")
             assert (rollout.incomplete is None) == (rollout.rollout_id in kept)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_go_through_though_nothing_is_written_any_more(
+    engine: EngineThread, make_proxy: MakeProxy, stream: bool
+) -> None:
+    from lightning_proxy.proxy.app import PARTS
+
+    proxy = make_proxy(engine.base_url)
+    chat(proxy)
+    writer = proxy._runner.app[PARTS].writer
+    asyncio.run_coroutine_threadsafe(writer.close(), proxy._loop).result(10)
+    answer = chat(proxy, stream=stream)
+    assert answer.status == 200
+    assert answer.body.endswith(b"[DONE]\n\n" if stream else b"}")
+    assert metric(proxy.url, 'lightning_capture_faults_total{kind="span_lost"}') == 1

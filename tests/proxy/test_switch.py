@@ -26,31 +26,6 @@ PROBE = [5, 6, 7, 8]
 RELOAD, PROBING = "/collective_rpc", "/v1/completions"
 
 
-@pytest.fixture
-def weights(tmp_path: Path) -> list[Path]:
-    """Directories with different weights in Hugging Face's layout."""
-    made = []
-    for number in range(3):
-        directory = tmp_path / f"weights-{number}"
-        directory.mkdir()
-        (directory / "config.json").write_text("{}")
-        (directory / "model.safetensors").write_bytes(b"weights %d" % number)
-        made.append(directory)
-    return made
-
-
-@pytest.fixture
-def served(make_engine: MakeEngine, weights: list[Path]) -> EngineThread:
-    """An engine that was started on ``weights[0]``."""
-    return make_engine(FakeEngine(weights=weights[0]))
-
-
-@pytest.fixture
-def policy_proxy(served: EngineThread, make_proxy: MakeProxy, weights: list[Path]) -> ProxyThread:
-    """A proxy that knows the weights which the engine began with as version 0."""
-    return make_proxy(served.base_url, policy={"model": weights[0]})
-
-
 def stage(store: Store, engine: EngineThread, version: int, path: Path, *, off_by: float = 0.0) -> int:
     """Do as the trainer does when it has made a version; returns its run."""
     seed = weights_of(path) if path.is_dir() and any(path.glob("*.safetensors")) else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.conftest import MakeProxy, ProxyThread, wait_until
 from tests.engine import EngineThread
 from tests.proxy.raw_http import HELLO, JSON, send
 from tests.proxy.test_control import api, refused
+from tests.proxy.test_store_trouble import locked
 
 
 def enqueue(proxy: ProxyThread, task_id: str = "a", **settings: Any) -> Any:
@@ -222,3 +224,45 @@ def test_what_makes_no_sense_is_refused(
 def test_an_unknown_task_and_state_are_refused(proxy: ProxyThread) -> None:
     assert refused(proxy, "tasks/gone")[0] == 404
     assert refused(proxy, "tasks?state=tired")[0] == 400
+
+
+@pytest.mark.parametrize("gives_up", ["the proxy", "the client"])
+def test_a_claim_that_was_given_up_hands_out_nothing(
+    make_proxy: MakeProxy, engine: EngineThread, monkeypatch: pytest.MonkeyPatch, gives_up: str
+) -> None:
+    proxy = make_proxy(engine.base_url, store={"busy_timeout_s": 0.1})
+    for number in range(4):
+        enqueue(proxy, f"t{number}")
+    if gives_up == "the proxy":
+        monkeypatch.setattr("lightning_proxy.proxy.control.access._STORE_PATIENCE_S", 0.3)
+    body = {"worker": "w1", "limit": 2}
+    with locked(proxy.db):
+        if gives_up == "the proxy":
+            assert send(proxy.url, "/api/tasks/claim", body).status == 503
+        else:
+            with pytest.raises(TimeoutError):
+                send(proxy.url, "/api/tasks/claim", body, timeout=0.3)
+            time.sleep(0.2)
+    time.sleep(0.5)
+    with proxy.store() as store:
+        assert store.scalar("SELECT count(*) FROM task_rollouts") == 0
+    assert len(claim(proxy, limit=4)) == 4
+
+
+@pytest.mark.parametrize("busy_timeout_s", [0.1, 5.0])
+def test_a_database_locked_for_longer_than_a_lease_costs_no_attempt_whose_heartbeat_waits(
+    make_proxy: MakeProxy, engine: EngineThread, busy_timeout_s: float
+) -> None:
+    proxy = make_proxy(engine.base_url, store={"busy_timeout_s": busy_timeout_s})
+    for number in range(3):
+        enqueue(proxy, f"t{number}")
+    given = claim(proxy, limit=3, lease_s=1.5)
+    paths = [f"/api/rollouts/{each['rollout_id']}/attempts/1/heartbeat" for each in given]
+    with ThreadPoolExecutor(3) as pool:
+        with locked(proxy.db):
+            beats = [pool.submit(send, proxy.url, path, {}) for path in paths]
+            time.sleep(2.5)
+        answers = [beat.result(10).json for beat in beats]
+    assert [answer["stop"] for answer in answers] == [False] * 3
+    with proxy.store() as store:
+        assert store.scalar("SELECT count(*) FROM task_rollouts WHERE state = 'running' AND losses = 0") == 3

@@ -121,6 +121,26 @@ def test_the_command_finds_the_proxy_through_its_environment(proxy: FakeProxy, t
     assert env["PATH"] == os.environ["PATH"]
 
 
+def test_the_command_gets_no_secret_of_the_proxy(
+    proxy: FakeProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "env.json"
+    monkeypatch.setenv("LIGHTNING_PROXY__TOKEN", "open sesame")
+    monkeypatch.setenv("LIGHTNING_PROXY__UPSTREAM_API_KEY", "open sesame")
+    program = f"import json, os; json.dump(dict(os.environ), open({str(out)!r}, 'w'))"
+    assert run_command(python(program), ProxyClient(proxy.url)) == 0
+    assert "open sesame" not in json.loads(out.read_text()).values()
+
+
+def test_where_child_signals_are_inherited_as_ignored_the_exit_code_is_known(proxy: FakeProxy) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert run_command(python("raise SystemExit(3)"), ProxyClient(proxy.url)) == 3
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert end_of(proxy) == ("failed", "exit code 3")
+
+
 def test_the_address_is_the_one_by_which_we_reached_the_proxy() -> None:
     env = agent_environment("https://gateway.example/lp/", {"rollout_id": "a/b", "api_key": "k"})
     assert env["OPENAI_BASE_URL"] == "https://gateway.example/lp/rollout/a%2Fb/v1"

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from lightning_proxy.client import ProxyClient
+from lightning_proxy.runner import Runner, Work
+from lightning_proxy.runner.process import AgentProcess
 from lightning_proxy.store import Store
 from tests.conftest import MakeProxyProcess, ProxyThread, wait_until
 from tests.engine import EngineThread, FakeEngine
@@ -124,16 +127,67 @@ def test_an_unknown_field_is_refused_before_anything_is_enqueued(
         assert store.list_tasks() == []
 
 
-def test_a_worker_that_meets_a_task_without_the_field_gives_it_back_and_ends(
-    runners: Runners, proxy: ProxyThread
+def test_a_task_without_the_field_fails_and_the_worker_goes_on(runners: Runners, proxy: ProxyThread) -> None:
+    with proxy.store() as store:
+        odd = [{"task_id": f"odd-{i}", "input": {"question": "why?"}} for i in range(2)]
+        enqueue(store, [odd[0], *tasks_of("fine", "fine"), odd[1]])
+        done = summary_of(runners.start("--worker", "--json", agent=("echo", "{kind}")), 60)
+        assert (done["succeeded"], done["failed_by_class"], done["tasks_open"]) == (2, {"agent_crash": 2}, 0)
+        [rollout] = store.list_rollouts(task_id="odd-0")
+    assert "no such field; it has question" in (rollout.rollout.reason or "")
+
+
+def test_agents_get_no_secret_of_the_proxy(
+    runners: Runners, proxy: ProxyThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    secrets = ("LIGHTNING_PROXY__TOKEN", "LIGHTNING_PROXY__UPSTREAM_API_KEY", "LIGHTNING_TOKEN")
+    for name in secrets:
+        monkeypatch.setenv(name, "open sesame")
+    monkeypatch.setenv("LIGHTNING_ENGINE__ENV", '{"HF_TOKEN": "open sesame"}')
+    monkeypatch.setenv("MY_OWN", "kept")
+    file = write_tasks(runners.directory / "tasks.jsonl", tasks_of("fine"))
+    runner = runners.start("--tasks", file, "--logs", "logs", agent=("env",))
+    runner.communicate(timeout=60)
+    assert runner.returncode == 0
+    [log] = (runners.directory / "logs").glob("*.log")
+    assert "open sesame" not in log.read_text()
+    assert "MY_OWN=kept" in log.read_text()
+
+
+# -- the runner in this process ----------------------------------------------------------------------
+
+
+def test_where_child_signals_are_inherited_as_ignored_each_task_runs_once(
+    tmp_path: Path, proxy: ProxyThread
+) -> None:
+    ran = tmp_path / "count"
+    with proxy.store() as store:
+        enqueue(store, tasks_of("fine", "fine"))
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        work = Work(["/bin/sh", "-c", f"echo x >> {ran}; exit 3"], tmp_path / "logs")
+        done = Runner(ProxyClient(proxy.url), work).run()
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert done.counts == {"agent_crash": 2}
+    assert ran.read_text() == "x\n" * 2
+
+
+def test_a_fault_of_the_runners_own_ends_an_attempt_after_a_few_tries(
+    tmp_path: Path, proxy: ProxyThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last_lines(process: AgentProcess) -> str:
+        raise RuntimeError("no such luck")
+
     with proxy.store() as store:
         enqueue(store, tasks_of("fine"))
-        runner = runners.start("--worker", agent=("echo", "{kin}"))
-        _, errors = runner.communicate(timeout=120)
-        assert runner.returncode == 2
-        assert "no such field" in errors
-        assert store.get_task("fine-0").waiting == 1
+        monkeypatch.setattr(AgentProcess, "last_lines", last_lines)
+        done = Runner(ProxyClient(proxy.url), Work(["/bin/false"], tmp_path / "logs")).run()
+        [rollout] = store.list_rollouts(task_id="fine-0")
+    assert done.counts == {"released": 2, "proxy_fault": 1}
+    assert (rollout.rollout.state, rollout.rollout.error_class) == ("failed", "proxy_fault")
+    assert rollout.rollout.reason == "the runner failed: no such luck"
 
 
 def test_a_runner_that_can_run_nothing_any_more_is_no_fault_of_the_agent(

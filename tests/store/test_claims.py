@@ -274,6 +274,15 @@ def test_heartbeats_keep_a_lease(store: Store, clock: list[float]) -> None:
     assert store.sweep_tasks() == 0
 
 
+def test_a_heartbeat_says_nothing_of_others(store: Store, clock: list[float]) -> None:
+    enqueue(store, "a")
+    enqueue(store, "b")
+    first, second = claim(store, lease_s=10), claim(store, lease_s=10)
+    clock[0] = 11
+    assert not store.heartbeat_attempt(first.rollout_id, 1).stop
+    assert not store.heartbeat_attempt(second.rollout_id, 1).stop
+
+
 def test_an_attempt_that_takes_too_long_fails_however_alive_it_is(store: Store, clock: list[float]) -> None:
     enqueue(store, timeout_s=100)
     given = claim(store)

@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_proxy.errors import StoreError, StoreUnavailable, UnknownTarget
-from lightning_proxy.store import Store, Writer
+from lightning_proxy.store import Span, Store, Writer
 from tests.store.support import make_span, output_of, start_script
 
 
@@ -169,6 +170,27 @@ async def test_the_oldest_spans_are_dropped_past_the_limit_and_their_rollouts_ma
     assert marked == {f"r{index:02}" for index in range(10)}
 
 
+async def test_the_oldest_spans_are_dropped_past_the_bytes_that_may_wait(db: Path) -> None:
+    writer = Writer(db, busy_timeout_s=0.02, max_pending_bytes=100_000)
+    writer.start()
+    await writer.submit_span(make_span(rollout_id="before"))
+    with locked(db):
+        spans = [
+            writer.submit_span(make_span(rollout_id=f"r{index}", request=b"x" * 30_000)) for index in range(6)
+        ]
+        await until(lambda: not writer.healthy)
+        await until(lambda: writer.dropped == 3)
+        larger = writer.submit_span(make_span(rollout_id="larger", request=b"x" * 200_000))
+        await until(lambda: writer.dropped == 6)
+    results = await asyncio.gather(*spans, return_exceptions=True)
+    assert all(isinstance(result, StoreUnavailable) for result in results)
+    assert isinstance(await larger, int), "the newest one is kept, however large"
+    await writer.close()
+    with Store.open(db) as reader:
+        marked = {s.rollout.rollout_id for s in reader.list_rollouts() if s.rollout.incomplete is not None}
+    assert marked == {f"r{index}" for index in range(6)}
+
+
 async def test_a_full_database_keeps_everything_waiting_until_there_is_room(writer: Writer, db: Path) -> None:
     stores: list[Store] = []
     await writer.submit(stores.append)
@@ -233,15 +255,73 @@ async def test_closing_while_locked_ends_and_says_what_is_lost(writer: Writer, d
     assert writer.dropped == 1
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # that is what is tested
-async def test_a_thread_that_dies_fails_what_waits_instead_of_leaving_it(writer: Writer) -> None:
-    fatal, span = writer.submit(lambda _: sys.exit("on purpose")), writer.submit_span(make_span())
-    for future in (fatal, span):
-        with pytest.raises(StoreUnavailable, match="on purpose"):
-            await future
-    assert not writer.healthy
-    with pytest.raises(StoreError, match="on purpose"):
-        writer.submit_span(make_span())
+async def test_a_job_that_would_end_the_thread_fails_alone_and_the_writer_goes_on(
+    writer: Writer, db: Path
+) -> None:
+    spans = [writer.submit_span(make_span())]
+    fatal = writer.submit(lambda _: sys.exit("on purpose"))
+    spans.append(writer.submit_span(make_span()))
+    with pytest.raises(StoreUnavailable, match="on purpose"):
+        await fatal
+    assert len(set(await asyncio.gather(*spans))) == 2
+    await until(lambda: writer.healthy)
+    assert (writer.dropped, writer.pending) == (0, 0)
+    with Store.open(db) as reader:
+        assert reader.stats()["spans"] == 2
+
+
+async def test_a_span_that_would_end_the_thread_is_given_up_and_its_rollout_marked(
+    writer: Writer, db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Store.write_span
+
+    def write(store: Store, span: Span) -> int:
+        if span.rollout_id == "poison":
+            raise SystemExit("on purpose")
+        return written(store, span)
+
+    monkeypatch.setattr(Store, "write_span", write)
+    await writer.submit(lambda store: store.create_rollout(rollout_id="poison"))
+    bad, good = (writer.submit_span(make_span(rollout_id=name)) for name in ("poison", "r1"))
+    with pytest.raises(StoreUnavailable, match="on purpose"):
+        await bad
+    await good
+    assert writer.dropped == 1
+    with Store.open(db) as reader:
+        assert "could not be written" in (reader.get_rollout("poison").incomplete or "")
+        assert reader.get_rollout("r1").incomplete is None
+
+
+async def test_a_connection_that_cannot_roll_back_is_replaced_and_nothing_is_lost(
+    writer: Writer, db: Path
+) -> None:
+    await writer.submit_span(make_span(rollout_id="before"))
+    times = iter(range(2))
+
+    class Broken:
+        """A disk that is away while a transaction is rolled back."""
+
+        def __init__(self, connection: sqlite3.Connection) -> None:
+            self._connection = connection
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._connection, name)
+
+        def execute(self, sql: str, *values: Any) -> Any:
+            if sql == "ROLLBACK":
+                raise sqlite3.OperationalError("disk I/O error")
+            return self._connection.execute(sql, *values)
+
+    def job(store: Store) -> None:
+        if next(times, None) is not None:
+            store.connection = Broken(store.connection)  # type: ignore[assignment]
+            raise StoreUnavailable("disk I/O error")
+
+    job_done, span = writer.submit(job), writer.submit_span(make_span())
+    await job_done
+    await span
+    with Store.open(db) as reader:
+        assert reader.stats()["spans"] == 2
 
 
 async def test_starting_without_a_database_that_can_be_opened_says_why(db: Path) -> None:

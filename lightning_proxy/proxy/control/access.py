@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lightning_proxy.errors import InvalidInput, StoreUnavailable
+from lightning_proxy.proxy.threads import OneThread
 from lightning_proxy.redaction import Redactor
 from lightning_proxy.store import Store, Writer
 
@@ -23,10 +24,11 @@ class Access:
         read: Callable[[Callable[[Store], Any]], Any],
         redactor: Redactor | None = None,
     ) -> None:
-        """``read`` asks the store and blocks: it is called off the loop."""
+        """``read`` asks the store and blocks: it is called in a thread of its own."""
         self._writer = writer
         self._read_blocking = read
         self._redactor = redactor
+        self._reading = OneThread("control-reads")
 
     def kept(self, fields: dict[str, Any], *names: str) -> dict[str, Any]:
         """``fields`` as they may be written: the named ones, which people write, without what rules find.
@@ -42,12 +44,20 @@ class Access:
                     raise InvalidInput(f"{name} is {error}") from error
         return kept
 
-    async def write(self, change: Callable[[Store], T]) -> T:
-        """Run a change through the one writer; return when it is durable."""
+    async def write(self, change: Callable[[Store], T], *, for_who_waits: bool = False) -> T:
+        """Run a change through the one writer; return when it is durable.
+
+        ``for_who_waits``: a change that is of no use, or does harm, where whoever asked has gone.
+        """
         future = self._writer.submit(change)
-        done, _ = await asyncio.wait((future,), timeout=_STORE_PATIENCE_S)
+        try:
+            done, _ = await asyncio.wait((future,), timeout=_STORE_PATIENCE_S)
+        except asyncio.CancelledError:
+            if for_who_waits:
+                future.cancel()
+            raise
         if not done:
-            future.cancel()  # nobody waits for it; it may be written yet, which a key makes safe
+            future.cancel()  # not begun, it is left out; if it is being written, a key makes that safe
             raise StoreUnavailable(
                 f"the store is not writing ({self._writer.last_error or 'busy'}); try again, with the same "
                 "idempotency_key"
@@ -56,5 +66,5 @@ class Access:
 
     async def read(self, question: Callable[[Store], T]) -> T:
         """Ask the store a question."""
-        answer: T = await asyncio.to_thread(self._read_blocking, question)
+        answer: T = await self._reading.run(self._read_blocking, question)
         return answer

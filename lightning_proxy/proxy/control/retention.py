@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from aiohttp import web
 
 from lightning_proxy.proxy.retention import Retention
@@ -24,5 +22,5 @@ class RetentionRoutes:
     async def delete_rollout(self, request: web.Request) -> web.Response:
         """Its spans, rewards, attempts and keys too; 409 while a training run holds it."""
         rollout_id = request.match_info["rollout_id"]
-        deleted = await asyncio.to_thread(self._retention.delete_one, rollout_id)
+        deleted = await self._retention.delete(rollout_id)
         return answer({"rollout_id": rollout_id, "deleted": True, "spans": deleted.spans})

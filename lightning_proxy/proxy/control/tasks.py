@@ -147,7 +147,7 @@ class TaskRoutes:
             return given, None if given else store.next_retry_at()
 
         while True:
-            given, retry_at = await self._access.write(claim)
+            given, retry_at = await self._access.write(claim, for_who_waits=True)
             left_s = deadline - asyncio.get_running_loop().time()
             if given or left_s <= 0:
                 return answer({"assignments": [self._assignment(each) for each in given]})
