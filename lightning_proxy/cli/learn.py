@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -22,7 +23,7 @@ from lightning_proxy.cli.common import (
     print_json,
     settings_from,
 )
-from lightning_proxy.errors import InvalidInput, LightningError, StoreError, TrainingError
+from lightning_proxy.errors import InvalidInput, LightningError
 
 if TYPE_CHECKING:
     from lightning_proxy.config import Settings
@@ -38,6 +39,12 @@ def train(
     ] = False,
     require_update: Annotated[
         bool, typer.Option("--require-update", help="Exit with 3 where no new version took over.")
+    ] = False,
+    retry: Annotated[
+        bool,
+        typer.Option(
+            "--retry", help="Train again on what the last run was refused for, though nothing is new."
+        ),
     ] = False,
     model: Annotated[
         Path | None, typer.Option("--model", metavar="DIR", help="Weights to begin with, for the first run.")
@@ -60,19 +67,22 @@ def train(
     1: failed; everything that was drained waits for the next run. Of several policies each has its own
     pass, the worst decides, and --json prints a list.
     """
-    if watch and (dry_run or require_update):
+    if watch and (dry_run or require_update or retry):
         raise InvalidInput(
-            "--watch goes on whatever a pass finds: give it without --dry-run and --require-update"
+            "--watch goes on whatever a pass finds: give it without --dry-run, --require-update and --retry"
         )
     settings = settings_from(config, store__db=db, train__algorithm=algorithm, train__proxy_url=proxy)
     chosen = _chosen(settings, policy, model)
+    from lightning_proxy.trainer.run import train_once
+
+    once = partial(train_once, dry_run=dry_run, retry=retry)
     with _unwinding_on_sigterm():
         if watch:
             _watch(chosen, json_)
         if len(chosen) == 1:
-            code = _one_pass(chosen[0], json_, dry_run=dry_run, require_update=require_update)
+            code = _one_pass(chosen[0], json_, once, require_update=require_update)
         else:
-            code = _a_pass_each(chosen, json_, dry_run=dry_run, require_update=require_update)
+            code = _a_pass_each(chosen, json_, once, require_update=require_update)
     raise typer.Exit(code)
 
 
@@ -101,28 +111,28 @@ def _unwinding_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _one_pass(settings: Settings, as_json: bool, *, dry_run: bool, require_update: bool) -> int:
-    from lightning_proxy.trainer.run import train_once
-
+def _one_pass(
+    settings: Settings, as_json: bool, train_once: Callable[..., TrainReport], *, require_update: bool
+) -> int:
     with open_store(settings) as store, _progress() as progress:
-        report = train_once(settings, store=store, progress=progress, dry_run=dry_run)
+        report = train_once(settings, store=store, progress=progress)
     _print_report(report, as_json)
     return _exit_code(report, require_update)
 
 
-def _a_pass_each(chosen: Sequence[Settings], as_json: bool, *, dry_run: bool, require_update: bool) -> int:
+def _a_pass_each(
+    chosen: Sequence[Settings], as_json: bool, train_once: Callable[..., TrainReport], *, require_update: bool
+) -> int:
     """A pass for each policy: what goes wrong with one is no reason to leave the others out.
 
     Returns the worst exit code: 1, then 3, then 0.
     """
-    from lightning_proxy.trainer.run import train_once
-
     codes, reports = set[int](), list[dict[str, Any]]()
     with open_store(chosen[0]) as store, _progress() as progress:
         for settings in chosen:
             name = settings.policy.name
             try:
-                report = train_once(settings, store=store, progress=_naming(name, progress), dry_run=dry_run)
+                report = train_once(settings, store=store, progress=_naming(name, progress))
             except (LightningError, OSError) as error:
                 typer.echo(f"lightning-proxy: {name}: {error}", err=True)
                 reports.append({"policy": name, "outcome": "failed", "message": str(error)})
@@ -168,7 +178,7 @@ def _watch(chosen: Sequence[Settings], as_json: bool) -> NoReturn:
             for name, trainer in trainers.items():
                 try:
                     report = trainer.train_once()
-                except (StoreError, TrainingError) as error:
+                except (LightningError, OSError) as error:
                     typer.echo(f"lightning-proxy: {f'{name}: ' if several else ''}{error}", err=True)
                 else:
                     idle = report.outcome is Outcome.NOTHING and report.run_id is None

@@ -191,9 +191,15 @@ class TrainSettings(CreditSettings):
         default=0.05,
         gt=0,
         description="Largest difference between trainer's and engine's logprobs of the fixed prompt, "
-        "above which a new version is rejected.",
+        "above which a new version is rejected. Made for float32; where engine and update compute in "
+        "bfloat16, by different kernels, docs/full-size.md takes 0.3.",
     )
-    keep_versions: int = Field(default=3, ge=1, description="Checkpoints of retired versions kept on disk.")
+    keep_versions: int = Field(
+        default=3,
+        ge=1,
+        description="Checkpoints kept on disk of versions that served, the newest, beside the one that does. "
+        "Its parent and the guard's best stay as well; rejected ones go at once.",
+    )
     watch_interval_s: float = Field(
         default=30.0, gt=0, description="Pause between the passes of `train --watch`."
     )

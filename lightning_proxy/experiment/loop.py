@@ -220,7 +220,7 @@ class Turn:
                         raise ExperimentFailed(
                             f"no new version took over: {report['message']}", self._reports.path
                         )
-                    if report["run_id"] is not None:
+                    if report["run_id"] is not None or report["counts"].get("given_back"):
                         return report
                 newest = self._proxy.get("/api/runs?limit=1")["runs"]
                 if newest and newest[0]["state"] == "failed":

@@ -186,8 +186,9 @@ class Switch:
     async def promote(self, version: int) -> Promotion:
         """Let a version of this switch's policy take over.
 
-        Raises UnknownTarget, Conflict (a rejected one), EngineError (the engine is as before), or
-        PublishFailed (its logprobs were wrong: it is rejected and the former version is back).
+        Raises UnknownTarget, Conflict (one that must not serve: ``Store.activate_version``), EngineError
+        (the engine is as before), or PublishFailed (its logprobs were wrong: it is rejected and the former
+        version is back).
         """
         # Whoever asked may hang up: a change that has begun is brought to its end all the same.
         change = self._tasks.spawn(f"promotion of version {version} of {self.policy}", self._outcome(version))
@@ -206,9 +207,7 @@ class Switch:
     async def _promote(self, version: int) -> Promotion:
         policy = self.policy
         async with self._one_at_a_time:
-            target = await self._writer.submit(lambda store: store.get_version(policy, version))
-            if target.status is VersionStatus.REJECTED:
-                raise Conflict(f"version {version} of {policy} was rejected: {target.note}")
+            target = await self._writer.submit(lambda store: _that_may_serve(store, policy, version))
             former, started = self._serving, time.perf_counter()
             try:
                 with self._hold.closed(CHANGING):
@@ -366,6 +365,13 @@ class Switch:
         except (EngineError, PublishFailed) as error:
             log.error("version %d could not be put back: %s", former.version, error)
             self.lost()
+
+
+def _that_may_serve(store: Store, policy: str, version: int) -> PolicyVersion:
+    """The version; Conflict, before the engine is touched, where it could not be activated afterwards."""
+    target = store.get_version(policy, version)
+    store.expect_may_serve(target)
+    return target
 
 
 def _reject(store: Store, version: PolicyVersion, note: str) -> None:

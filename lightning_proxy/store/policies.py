@@ -1,9 +1,14 @@
-"""Policies and their versions: which weights there are, and which of them serve."""
+"""Policies and their versions: which weights there are, and which of them serve.
+
+A version that has not served yet follows its parent and nothing else. So one that was made while another
+took over (an operator's rollback, another trainer's version) neither undoes that nor is undone by it.
+"""
 
 from __future__ import annotations
 
 import sqlite3
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -63,14 +68,12 @@ class Policies(Connection):
     def activate_version(self, policy: str, version: int, note: str | None = None) -> PolicyVersion:
         """Let a version serve; the former one is retired, with ``note`` as the reason.
 
-        Raises ``UnknownTarget``, ``Conflict`` for a rejected one.
+        Raises ``UnknownTarget``; ``Conflict`` for a rejected one, and for a staged one whose parent no
+        longer serves.
         """
         with self.transaction():
             present = self.get_version(policy, version)
-            if present.status is VersionStatus.REJECTED:
-                raise Conflict(
-                    f"version {version} of {policy!r} was rejected: {present.note or 'no reason given'}"
-                )
+            self.expect_may_serve(present)
             if present.status is VersionStatus.ACTIVE:
                 return present
             self.connection.execute(
@@ -83,6 +86,41 @@ class Policies(Connection):
                 (policy, version),
             )
             return self.get_version(policy, version)
+
+    def expect_may_serve(self, version: PolicyVersion) -> None:
+        """Raise ``Conflict`` for a rejected version, and for a staged one whose parent no longer serves."""
+        if version.status is VersionStatus.REJECTED:
+            note = version.note or "no reason given"
+            raise Conflict(f"version {version.version} of {version.policy!r} was rejected: {note}")
+        if version.status is VersionStatus.STAGED:
+            self._expect_in_line(version)
+
+    def reject_if_out_of_line(self, policy: str, version: int) -> PolicyVersion:
+        """The version as it is now; rejected first, where it is staged and its parent no longer serves.
+
+        Raises ``UnknownTarget``.
+        """
+        present = self.get_version(policy, version)
+        if present.status is not VersionStatus.STAGED or self._out_of_line(present) is None:
+            return present  # nothing is written, so a locked database is none in the way
+        with self.transaction():
+            present = self.get_version(policy, version)
+            if present.status is VersionStatus.STAGED and (why := self._out_of_line(present)) is not None:
+                self.withdraw_version(policy, version, why)
+            return self.get_version(policy, version)
+
+    def withdraw_version(self, policy: str, version: int, note: str) -> None:
+        """Reject a version for nothing that lies in itself: another like it may be made of the same.
+
+        So its run forgets the name of its work, by which repetitions are known. Raises as
+        :meth:`reject_version`.
+        """
+        with self.transaction():
+            self.reject_version(policy, version, note)
+            self.connection.execute(
+                "UPDATE training_runs SET report = json_remove(report, '$.work') WHERE run_id = ?",
+                (self.get_version(policy, version).run_id,),
+            )
 
     def reject_version(self, policy: str, version: int, note: str) -> None:
         """Refuse a version that has not served, and give back all that its training run drained.
@@ -112,6 +150,20 @@ class Policies(Connection):
                 ),
             )
 
+    def stage_version(self, version: PolicyVersion) -> None:
+        """Enter a version that is to follow its parent, in the caller's transaction.
+
+        Raises ``Conflict`` where its parent no longer serves, where another version is staged already, or
+        where its number is taken.
+        """
+        self._expect_in_line(version)
+        if (other := self.staged_version(version.policy)) is not None:
+            raise Conflict(
+                f"version {other.version} of {version.policy!r} was staged meanwhile: version "
+                f"{version.version} would take its place, or be lost"
+            )
+        self.insert_version(replace(version, status=VersionStatus.STAGED))
+
     def insert_version(self, version: PolicyVersion) -> None:
         """Enter a new version, in the caller's transaction. Raises ``Conflict`` if its number is taken."""
         taken = "SELECT 1 FROM policy_versions WHERE policy = ? AND version = ?"
@@ -133,6 +185,19 @@ class Policies(Connection):
                 version.note,
             ),
         )
+
+    def _expect_in_line(self, version: PolicyVersion) -> None:
+        if (why := self._out_of_line(version)) is not None:
+            raise Conflict(f"version {version.version} of {version.policy!r} cannot take over: {why}")
+
+    def _out_of_line(self, version: PolicyVersion) -> str | None:
+        """Why the version cannot be the next to serve; ``None`` where its parent serves."""
+        active = self.active_version(version.policy)
+        if (None if active is None else active.version) == version.parent:
+            return None
+        made_from = "no other version" if version.parent is None else f"version {version.parent}"
+        serves = "none serves" if active is None else f"version {active.version} serves now"
+        return f"it was made from {made_from}, but {serves}"
 
     def _newest(self, policy: str, status: VersionStatus) -> PolicyVersion | None:
         row = self.row(

@@ -17,6 +17,7 @@ So a run that takes the return leaves the demonstrations of the rollout for one 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import sqlite3
 import time
@@ -37,7 +38,6 @@ from lightning_proxy.store.records import (
     Reward,
     RunState,
     TrainingRun,
-    VersionStatus,
 )
 from lightning_proxy.store.rollouts import encode
 from lightning_proxy.store.rounds import REWARDED, Rounds
@@ -122,6 +122,10 @@ SELECT EXISTS (SELECT 1 FROM spans AS s WHERE s.rollout_id = :rollout_id AND s.a
                AND s.span_id > :last_span_id AND s.policy = :policy AND s.error_class IS NULL)
 AND EXISTS (SELECT 1 FROM rewards AS w WHERE w.rollout_id = :rollout_id AND w.reward_id > :last_reward_id
             AND w.value IS NOT NULL AND w.name NOT IN (SELECT value FROM json_each(:ignored)))"""
+_LAST_COMMITTED = "SELECT max(run_id) FROM training_runs WHERE policy = ? AND state = 'committed'"
+_LAST_ENTRIES = """
+SELECT (SELECT max(reward_id) FROM rewards WHERE rollout_id = ?1),
+  (SELECT max(span_id) FROM spans WHERE rollout_id = ?1 AND attempt = ?2)"""
 _SPANS_OF = """
 SELECT count(*) FROM json_each(?) AS ready JOIN spans AS s
 ON s.rollout_id = ready.value ->> 0 AND s.attempt = ready.value ->> 1 AND s.policy = ?"""
@@ -204,6 +208,22 @@ class Runs(Rounds, Policies):
         ready = list(islice(self._ready(policy, demonstrated), limit))
         return [self._recorded(policy, one) for one in ready]
 
+    def name_of_ready(self, policy: str, limit: int, *, demonstrated: bool = False) -> str:
+        """A name for what :meth:`drain` would give and what the policy's runs have consumed before: another
+        one as soon as anything of that changes.
+        """
+        ready = [
+            (
+                one.rollout_id,
+                one.attempt,
+                one.for_return,
+                *self.rows(_LAST_ENTRIES, (one.rollout_id, one.attempt))[0],
+            )
+            for one in islice(self._ready(policy, demonstrated), limit)
+        ]
+        consumed = self.scalar(_LAST_COMMITTED, (policy,))
+        return hashlib.sha256(orjson.dumps((consumed, ready))).hexdigest()
+
     def give_back(self, run_id: int, rollout_ids: Iterable[str]) -> None:
         """Leave the returns of these rollouts to a later run. Raises ``UnknownTarget``, ``LeaseLost``.
 
@@ -243,7 +263,8 @@ class Runs(Rounds, Policies):
 
         ``version=None``: it was consumed without an update. ``groups``: the group that a rollout was
         compared in, by its id, so that it finds its companions should it come again. Raises
-        ``UnknownTarget``, ``LeaseLost``, ``Conflict`` where the version's number is taken.
+        ``UnknownTarget``, ``LeaseLost``, ``Conflict`` where the version cannot follow what serves
+        (:meth:`stage_version`).
         """
         encoded = encode(report)
         with self.transaction():
@@ -259,7 +280,19 @@ class Runs(Rounds, Policies):
             if version is not None:
                 if version.policy != run.policy:
                     raise InvalidInput(f"run {run_id} trains {run.policy!r}, not {version.policy!r}")
-                self.insert_version(replace(version, status=VersionStatus.STAGED, run_id=run_id))
+                self.stage_version(replace(version, run_id=run_id))
+
+    def drop_run(self, run_id: int) -> bool:
+        """Forget a run that has given back all that it drained; False, and nothing done, where it has not.
+
+        Raises ``UnknownTarget``, ``LeaseLost``.
+        """
+        with self.transaction():
+            self._leased(run_id)
+            if self.rows("SELECT 1 FROM consumptions WHERE run_id = ? LIMIT 1", (run_id,)):
+                return False
+            self.connection.execute("DELETE FROM training_runs WHERE run_id = ?", (run_id,))
+            return True
 
     def fail_run(self, run_id: int, error: str, report: Mapping[str, Any] | None = None) -> None:
         """End a run without a result, which gives back what it drained.

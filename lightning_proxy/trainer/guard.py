@@ -10,7 +10,7 @@ they raise, and what was drained waits for a better one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -49,10 +49,21 @@ class Look:
 
 
 def collapse(
-    now: Look | None, before: Sequence[Look], settings: GuardSettings, *, mixed: int, equal: int
+    now: Look | None,
+    before: Sequence[Look],
+    settings: GuardSettings,
+    *,
+    mixed: int,
+    equal: int,
+    there: Container[int],
 ) -> Collapse | None:
-    """What speaks against an update, if anything does; ``mixed`` and ``equal`` are numbers of groups."""
-    worse = None if now is None else _drop(now, before, settings) or _noise(now, before, settings)
+    """What speaks against an update, if anything does; ``mixed`` and ``equal`` are numbers of groups.
+
+    ``there``: the versions whose weights are still there; to others there is no way back.
+    """
+    worse = (
+        None if now is None else _drop(now, before, settings, there) or _noise(now, before, settings, there)
+    )
     return worse or _agreement(mixed, mixed + equal, settings.min_mixed_groups)
 
 
@@ -61,7 +72,9 @@ def best_of(looks: Sequence[Look]) -> Look | None:
     return max(reversed(looks), key=lambda look: look.rewards["mean"], default=None)
 
 
-def _drop(now: Look, before: Sequence[Look], settings: GuardSettings) -> Collapse | None:
+def _drop(
+    now: Look, before: Sequence[Look], settings: GuardSettings, there: Container[int]
+) -> Collapse | None:
     """A drop counts where it is larger than ``max_reward_drop`` of the range of all returns seen, and the
     interval of the difference (``store.intervals``) leaves no room for none: a few unlucky rollouts are no
     collapse. Nor do a few lucky ones hide one: it is looked for against every version, the best first.
@@ -74,28 +87,41 @@ def _drop(now: Look, before: Sequence[Look], settings: GuardSettings) -> Collaps
         if -change.value <= settings.max_reward_drop * (high - low):
             return None
         if change.high is not None and change.high < 0:
-            return Collapse(
+            return _collapse(
                 f"mean reward fell from {best.rewards['mean']:.3g} (version {best.version}) to "
                 f"{now.rewards['mean']:.3g} (version {now.version}), by more than [guard] max_reward_drop = "
-                f"{settings.max_reward_drop:g} of the range of rewards; {_WAY_BACK.format(best.version)}",
-                best.version,
+                f"{settings.max_reward_drop:g} of the range of rewards",
+                best if best.version in there else _best_there(now, before, there),
             )
     return None
 
 
-def _noise(now: Look, before: Sequence[Look], settings: GuardSettings) -> Collapse | None:
+def _noise(
+    now: Look, before: Sequence[Look], settings: GuardSettings, there: Container[int]
+) -> Collapse | None:
     entropies = [look.entropy for look in before if look.entropy]
-    best = best_of(before)
-    if best is None or now.entropy is None or not entropies:
+    if now.entropy is None or not entropies:
         return None
     if now.entropy <= settings.max_entropy_rise * median(entropies):
         return None
-    return Collapse(
+    return _collapse(
         f"the entropy of version {now.version} is {now.entropy:.3g} nats a token, more than [guard] "
         f"max_entropy_rise = {settings.max_entropy_rise:g} times the {median(entropies):.3g} of the runs "
-        f"before; {_WAY_BACK.format(best.version)}",
-        best.version,
+        "before",
+        _best_there(now, before, there),
     )
+
+
+def _best_there(now: Look, before: Sequence[Look], there: Container[int]) -> Look | None:
+    """The best to go back to; ``None`` where the present version is the best that is left."""
+    best = best_of([look for look in before if look.version in there])
+    return None if best is None or best.version == now.version else best
+
+
+def _collapse(message: str, best: Look | None) -> Collapse:
+    if best is None:
+        return Collapse(f"{message}; no version to go back to is left")
+    return Collapse(f"{message}; {_WAY_BACK.format(best.version)}", best.version)
 
 
 def _agreement(mixed: int, groups: int, least: float) -> Collapse | None:

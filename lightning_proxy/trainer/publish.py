@@ -1,10 +1,13 @@
 """From weights in memory to a version that serves: write, make durable, validate, promote, clear away.
 
-A version's directory, ``<runs_dir>/<policy>/v00001``, comes into being whole, by one rename::
+A version's directory, ``<runs_dir>/<policy>/v00001-run12``, comes into being whole, by one rename::
 
     weights/   what the engine loads: Hugging Face layout, full weights
     adapter/   the LoRA adapter that is contained in them (PEFT's layout), where one is trained
     trainer/   weights in full precision, optimiser and random state, for the next run
+
+It is named by its run too: one that lost its lease and does not know it yet (the machine slept) writes a
+version of the same number as the run that took its place, and must not write into that one's.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +33,8 @@ from lightning_proxy.trainer.backend import Backend
 from lightning_proxy.trainer.checkpoint import companion_files, validate
 
 _LINEAGE = "lineage.json"
+_UNFINISHED = ".unfinished"
+_NAME = re.compile(r"v\d{5,}(?:-run(?P<run>\d+))?")  # once they were named by their number alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +60,9 @@ class Lineage:
         return None
 
 
-def version_directory(settings: TrainSettings, policy: str, version: int) -> Path:
-    """Where a version of the policy is written."""
-    return _policy_directory(settings, policy) / f"v{version:05d}"
+def version_directory(settings: TrainSettings, policy: str, version: int, run_id: int) -> Path:
+    """Where a run writes a version of the policy."""
+    return _policy_directory(settings, policy) / f"v{version:05d}-run{run_id}"
 
 
 def state_directory(version: PolicyVersion) -> Path:
@@ -74,10 +80,10 @@ def write_version(directory: Path, backend: Backend, *, base: Path, lineage: Lin
     """Write the backend's weights and state as a version; returns the path that the engine loads.
 
     ``base`` is a checkpoint of the same architecture; its configuration and tokenizer are copied.
-    Whatever lies in ``directory`` was left by a run that did not commit it, and is replaced.
+    What lies in ``directory`` is of no version, since this run has not committed yet, and is replaced.
     Raises ``CheckpointInvalid``, and leaves nothing behind, where the weights must not be loaded.
     """
-    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    unfinished = directory.with_name(directory.name + _UNFINISHED)
     for leftover in (unfinished, directory):
         shutil.rmtree(leftover, ignore_errors=True)
     for part in ("weights", "trainer", *(["adapter"] if lineage.lora_rank else [])):
@@ -146,28 +152,54 @@ def clear_away(
     *,
     keep: frozenset[int] = frozenset(),
 ) -> list[int]:
-    """Delete checkpoints of versions that do not serve, but for the newest ``keep_versions`` and ``keep``.
+    """Delete checkpoints of rejected versions, and of those that served all but the newest ``keep_versions``.
 
-    Only directories that this trainer wrote, and never one of a version that serves or waits, nor one whose
-    weights the LoRA adapter of a version that stays is relative to.
+    Those stay that one may want to go back to: ``keep``, and the parent of the version that serves. Only
+    directories that this trainer wrote, never one of a version that serves or waits, nor one whose weights
+    the LoRA adapter of a version that stays is relative to.
     """
-    done = (VersionStatus.RETIRED, VersionStatus.REJECTED)
-    old = sorted(
-        (each for each in versions if each.status in done and each.version not in keep),
-        key=lambda each: -each.version,
-    )
-    going = old[settings.keep_versions :]
+    present = [
+        each for each in versions if each.status not in (VersionStatus.RETIRED, VersionStatus.REJECTED)
+    ]
+    wanted = keep | {each.parent for each in present}
+    served = [each for each in versions if each.status is VersionStatus.RETIRED]
+    served.sort(key=lambda each: -each.version)
+    going = [each for each in served[settings.keep_versions :] if each.version not in wanted]
+    going += [each for each in versions if each.status is VersionStatus.REJECTED]
     lineages = [read_lineage(each) for each in versions if each not in going]
     needed = {lineage.base for lineage in lineages if lineage is not None and lineage.lora_rank}
+    ours = dict(_written(settings, policy))
     cleared = []
     for version in going:
-        directory = version_directory(settings, policy, version.version)
-        if version.path in needed:
-            continue
-        if Path(version.path).parent == directory and directory.is_dir():
+        directory = Path(version.path).parent
+        if version.path not in needed and directory in ours:
             shutil.rmtree(directory)
             cleared.append(version.version)
     return cleared
+
+
+def clear_leftovers(
+    settings: TrainSettings,
+    policy: str,
+    versions: Sequence[PolicyVersion],
+    has_ended: Callable[[int], bool],
+) -> None:
+    """Delete what runs wrote that have ended without a version: a kill, a lost lease, a refused commit.
+
+    ``versions``: all of the policy. ``has_ended``: of a run, by its id.
+    """
+    named = {Path(each.path).parent for each in versions}
+    for directory, run_id in _written(settings, policy):
+        if directory not in named and run_id is not None and has_ended(run_id):
+            shutil.rmtree(directory)
+
+
+def _written(settings: TrainSettings, policy: str) -> Iterator[tuple[Path, int | None]]:
+    """The directories of versions, finished or not, and the run that wrote each, where its name says so."""
+    for directory in _policy_directory(settings, policy).glob("v*"):
+        found = _NAME.fullmatch(directory.name.removesuffix(_UNFINISHED))
+        if found is not None and directory.is_dir():
+            yield directory, None if found["run"] is None else int(found["run"])
 
 
 def _policy_directory(settings: TrainSettings, policy: str) -> Path:

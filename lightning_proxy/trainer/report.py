@@ -21,7 +21,7 @@ class Progress(Protocol):
 class Outcome(StrEnum):
     """How a pass ended."""
 
-    TRAINED = "trained"  # a new version serves
+    TRAINED = "trained"  # a new version serves, made by this pass or staged by an earlier one
     NOTHING = "nothing"  # nothing to train on; no version was made
     STAGED_ONLY = "staged_only"  # a version waits for the proxy; the next pass promotes it first
     REJECTED = "rejected"  # the engine did not take the version; what was drained is given back
@@ -54,6 +54,7 @@ class TrainReport:
     algorithm: str = "rl"
     parent: int | None = None
     run_id: int | None = None
+    work: str | None = None  # names the weights it began with, what it drained and its settings
     resumed_version: int | None = None  # staged by an earlier pass, promoted by this one
     counts: Mapping[str, int] = field(default_factory=dict)
     groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -21,13 +21,17 @@ def train_once(
     store: Store,
     progress: Progress,
     dry_run: bool = False,
+    retry: bool = False,
+    before: TrainReport | None = None,
     warm: WarmBackend | None = None,
 ) -> TrainReport:
     """Drain, train, publish: one pass over what was recorded since the last.
 
-    Raises ``LeaseHeld`` where another run of the policy is in progress, and ``TrainingError`` (or
-    whatever else went wrong) after giving back all that was drained. That there is nothing to train
-    on, or that the proxy did not take the version, is no error: the report says so.
+    Raises ``LeaseHeld`` where another run of the policy is in progress; after giving back all that was
+    drained, ``Conflict`` where another version took over meanwhile, and ``TrainingError`` (or whatever else
+    went wrong). That there is nothing to train on, or that the proxy did not take the version, is no error:
+    the report says so. Nor is that what was made of the same before was refused; it is not made again,
+    unless ``retry``. ``before``: the last report, if this process has made one with the same settings.
     """
     this = Pass(settings, store, progress)
     if dry_run:
@@ -37,8 +41,10 @@ def train_once(
     this.reward_automatically()
     try:
         this.expect_enough()
-        parent = this.starting_version()
+        if not retry:
+            this.expect_something_new(before)
         with Lease(store, this.policy, settings.train.lease_s) as lease, own_or(warm) as engine:
+            parent = this.starting_version()
             recorded = this.drain(lease)
             found = this.choose(recorded, parent)
             store.give_back(lease.run_id, found.for_later)
@@ -51,12 +57,12 @@ def train_once(
             lease.check()
             this.update(backend, rows, parent)
             lease.check()
-            version = this.export(backend, engine, rows, parent)
+            version = this.export(backend, engine, rows, parent, lease)
             report = this.report(Outcome.STAGED_ONLY).as_dict()
-            store.commit_run(lease.run_id, report=report, version=version, groups=found.keys)
+            lease.commit(report=report, version=version, groups=found.keys)
             engine.now_at(version.version)
     except NothingToTrain as nothing:
-        return this.report(Outcome.NOTHING, str(nothing))
+        return this.nothing(str(nothing))
     return this.report(this.promote(version.version))
 
 
@@ -71,12 +77,20 @@ class Trainer:
         self._store = store
         self._progress = progress
         self._warm = warm or WarmBackend()
+        self._last: TrainReport | None = None
 
     def train_once(self, *, dry_run: bool = False) -> TrainReport:
         """As the function of that name."""
-        return train_once(
-            self._settings, store=self._store, progress=self._progress, dry_run=dry_run, warm=self._warm
+        report = train_once(
+            self._settings,
+            store=self._store,
+            progress=self._progress,
+            dry_run=dry_run,
+            before=self._last,
+            warm=self._warm,
         )
+        self._last = None if dry_run else report
+        return report
 
     def preload(self) -> None:
         """Load now what the first pass would load. A wrong estimator is refused before there is work."""

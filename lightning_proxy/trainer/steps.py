@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_proxy.config.settings import Settings
-from lightning_proxy.errors import NothingToTrain, PublishFailed, TrainingError
+from lightning_proxy.errors import Conflict, NothingToTrain, PublishFailed, TrainingError, UnknownTarget
 from lightning_proxy.store import (
     PolicyVersion,
     RecordedRollout,
@@ -28,12 +29,21 @@ from lightning_proxy.trainer.backend import Backend
 from lightning_proxy.trainer.batches import Rows, split_mini_batches
 from lightning_proxy.trainer.guard import Collapse, Look
 from lightning_proxy.trainer.lease import Lease
-from lightning_proxy.trainer.publish import clear_away, promote, roll_back, version_directory, write_version
+from lightning_proxy.trainer.publish import (
+    clear_away,
+    clear_leftovers,
+    promote,
+    roll_back,
+    version_directory,
+    write_version,
+)
 from lightning_proxy.trainer.report import Outcome, Progress, Stopwatch, TrainReport
 from lightning_proxy.trainer.trajectories import Trajectory
 from lightning_proxy.trainer.warm import WarmBackend
 
 _PROBE_TOKENS = 64
+# The settings that what comes of a pass depends on, beside those by which calls are recorded.
+_DECISIVE = {"policy", "engine", "train", "guard", "failures", "automatic_rewards", "rewards"}
 _PROMOTE_MARGIN_S = 60.0  # beyond the time that the proxy holds calls for
 
 
@@ -58,6 +68,13 @@ class Pass:
         )
         return self._report
 
+    def nothing(self, why: str) -> TrainReport:
+        """Nothing to train on. Where what an earlier pass staged has taken over, that is the update."""
+        if (resumed := self._report.resumed_version) is None:
+            return self.report(Outcome.NOTHING, why)
+        message = f"version {resumed}, which an earlier pass staged, serves; {why}"
+        return self.report(Outcome.TRAINED, message)
+
     def preview(self) -> TrainReport:
         """What a pass would train on; nothing is taken, and verl is not loaded."""
         demonstrated = self.settings.train.learns_from_demonstrations
@@ -70,7 +87,8 @@ class Pass:
         enough = (
             "" if len(recorded) >= self.settings.train.min_rollouts else f"; {self._too_few(len(recorded))}"
         )
-        why = advice(self._report, unrewarded=waiting.rollouts_unrewarded, held=waiting.rollouts_held)
+        lacking = {"unrewarded": waiting.rollouts_unrewarded, "held": waiting.rollouts_held}
+        why = self._repetition() or advice(self._report, **lacking)
         return self.report(
             Outcome.DRY_RUN,
             f"{waiting.rollouts_ready} {self._ready} rollouts wait, {waiting.rollouts_unrewarded} have no "
@@ -83,12 +101,17 @@ class Pass:
         staged = self.store.staged_version(self.policy)
         if staged is None:
             return True
+        if self._expect_in_line(staged.version).status is VersionStatus.REJECTED:
+            return True
         self.progress(f"version {staged.version} was staged by an earlier run: promoting it first")
         if not Path(staged.path).is_dir():
-            self.store.reject_version(self.policy, staged.version, f"its weights are gone from {staged.path}")
+            self.store.withdraw_version(
+                self.policy, staged.version, f"its weights are gone from {staged.path}"
+            )
             return True
         outcome = self.promote(staged.version)
-        self._update(resumed_version=staged.version)
+        if outcome is Outcome.TRAINED:
+            self._update(resumed_version=staged.version)
         return outcome is not Outcome.STAGED_ONLY
 
     def reward_automatically(self) -> None:
@@ -113,8 +136,50 @@ class Pass:
             why = advice(self._report, **lacking) if none else None
             raise NothingToTrain(self._too_few(waiting.rollouts_ready) + (f"; {why}" if why else ""))
 
+    def expect_something_new(self, before: TrainReport | None) -> None:
+        """Raise ``NothingToTrain`` where this pass would only repeat a run whose result was refused; or the
+        pass ``before``, which gave all back that it drained.
+        """
+        if (why := self._repetition()) is not None:
+            raise NothingToTrain(why)
+        if before is None or before.outcome is not Outcome.NOTHING or before.run_id is not None:
+            return
+        if before.work is not None and before.work == self._name_of_work():
+            self._update(work=before.work)
+            raise NothingToTrain(before.message)
+
+    def _repetition(self) -> str | None:
+        """Which refused run a pass would repeat, and what changes that; ``None`` where it would not."""
+        for newest in self.store.list_runs(self.policy, limit=1):
+            work = newest.report.get("work") if newest.state is RunState.FAILED else None
+            if work is not None and work == self._name_of_work():
+                return (
+                    f"nothing is new since run {newest.run_id}, and another would come to the same: "
+                    f"{newest.error}. It waits for more rewards or other settings; `lightning-proxy train "
+                    "--retry` repeats it all the same"
+                )
+        return None
+
+    def _name_of_work(self) -> str:
+        """A name for what a pass would do now: the same weights, rollouts and settings come to the same."""
+        train, active = self.settings.train, self.store.active_version(self.policy)
+        ready = self.store.name_of_ready(
+            self.policy, train.max_rollouts, demonstrated=train.learns_from_demonstrations
+        )
+        settings = self.settings.model_dump_json(include=_DECISIVE)
+        work = f"{active.version if active else 0} {ready} {settings}"
+        return hashlib.sha256(work.encode()).hexdigest()
+
     def starting_version(self) -> PolicyVersion:
-        """The version that serves, else the model of the settings as version 0."""
+        """The version that serves, else the model of the settings as version 0.
+
+        Read under the lease: whatever takes over later is noticed when the run is committed.
+        """
+        if (staged := self.store.staged_version(self.policy)) is not None:
+            raise Conflict(
+                f"version {staged.version} of {self.policy!r} was staged meanwhile, by another trainer: what "
+                "was made from its parent could not follow it. The next pass sees to it first"
+            )
         active = self.store.active_version(self.policy)
         if active is None:
             model = self.settings.policy.model
@@ -131,13 +196,14 @@ class Pass:
 
     def drain(self, lease: Lease) -> list[RecordedRollout]:
         """Take what waits; ``NothingToTrain``, which gives it back, where that is too little."""
+        lease.work = self._name_of_work()
         with self.clock.phase("drain"):
             recorded = self.store.drain(
                 lease.run_id,
                 limit=self.settings.train.max_rollouts,
                 demonstrated=self.settings.train.learns_from_demonstrations,
             )
-        self._update(run_id=lease.run_id)
+        self._update(run_id=lease.run_id, work=lease.work)
         if len(recorded) < self.settings.train.min_rollouts:
             raise NothingToTrain(self._too_few(len(recorded)))
         self.progress(f"drained {len(recorded)} {self._ready} rollouts")
@@ -163,17 +229,30 @@ class Pass:
         return batch
 
     def commit_nothing(self, lease: Lease, found: Chosen) -> TrainReport:
-        """Consume what can never be trained on."""
+        """Consume what can never be trained on. Where nothing is left to consume, there was no run."""
         why = advice(self._report)
         message = f"nothing to train on: {self._left_out_in_words()}" + (f"; {why}" if why else "")
         report = self.report(Outcome.NOTHING, message)
-        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=found.keys)
-        return report
+        if self.store.drop_run(lease.run_id):
+            self._update(run_id=None)  # all of it waits for company: there was no run worth telling of
+        else:
+            lease.commit(report=report.as_dict(), version=None, groups=found.keys)
+        return self.nothing(message)
 
     def collapse(self, found: Chosen) -> Collapse | None:
         """What the drained rollouts say against an update, if anything (``guard``)."""
         looks, settings = self._looks(), self.settings.guard
-        return guard.collapse(found.look, looks, settings, mixed=found.mixed, equal=found.equal)
+        there = self._versions_there() if looks else frozenset[int]()
+        return guard.collapse(found.look, looks, settings, mixed=found.mixed, equal=found.equal, there=there)
+
+    def _versions_there(self) -> frozenset[int]:
+        """The versions that have served, or do, and whose weights are still on disk."""
+        served = (VersionStatus.ACTIVE, VersionStatus.RETIRED)
+        return frozenset(
+            each.version
+            for each in self.store.list_versions(self.policy)
+            if each.status in served and Path(each.path).is_dir()
+        )
 
     def _looks(self) -> list[Look]:
         """What earlier runs saw, oldest first; one that saw nothing new has no place among them."""
@@ -182,19 +261,26 @@ class Pass:
         return [look for look in looks if look is not None]
 
     def stop(self, lease: Lease, found: Chosen, collapse: Collapse) -> TrainReport:
-        """Consume what was drained without an update; go back to the best version where that is wanted."""
+        """Consume what was drained without an update; go back to the best version where that is wanted.
+
+        That first: until this run is committed, no other one begins with the version that is left.
+        """
         report = self.report(Outcome.GUARDED, f"nothing is trained: {collapse.message}")
-        self.store.commit_run(lease.run_id, report=report.as_dict(), version=None, groups=found.keys)
         self.progress(report.message)
         best = collapse.best
-        if best is None or not self.settings.guard.roll_back or best == report.parent:
-            return report
+        if best is not None and self.settings.guard.roll_back and best != report.parent:
+            report = self.report(Outcome.GUARDED, f"{report.message}; {self._go_back_to(best)}")
+        lease.commit(report=report.as_dict(), version=None, groups=found.keys)
+        return report
+
+    def _go_back_to(self, version: int) -> str:
+        """Have the proxy do it; what came of it, in words."""
         url, token = self.settings.train.proxy_url, self.settings.proxy.token
         try:
-            roll_back(url, self.policy, best, token=token, timeout_s=self._promote_timeout_s())
+            roll_back(url, self.policy, version, token=token, timeout_s=self._promote_timeout_s())
         except PublishFailed as error:
-            return self.report(Outcome.GUARDED, f"{report.message}; that failed: {error}")
-        return self.report(Outcome.GUARDED, f"{report.message}; version {best} serves again")
+            return f"that failed: {error}"
+        return f"version {version} serves again"
 
     def _promote_timeout_s(self) -> float:
         return self.settings.proxy.hold_timeout_s + _PROMOTE_MARGIN_S
@@ -235,17 +321,19 @@ class Pass:
             self.progress(f"after the update: {self.algorithm.in_words(after)}")
 
     def export(
-        self, backend: Backend, engine: WarmBackend, rows: Rows, parent: PolicyVersion
+        self, backend: Backend, engine: WarmBackend, rows: Rows, parent: PolicyVersion, lease: Lease
     ) -> PolicyVersion:
         """Write and validate the new version, with the probe that the proxy verifies it by."""
         number = self.store.next_version(self.policy)
         assert engine.lineage is not None  # the engine is open
+        train, present = self.settings.train, self.store.list_versions(self.policy)
+        clear_leftovers(train, self.policy, present, self._has_ended)
         with self.clock.phase("export"):
             probe_rows = rows.first_tokens(_PROBE_TOKENS)
             logprobs = [float(value) for value in backend.logprobs(probe_rows)[1:]]
             guard.check_probe(logprobs)
             path = write_version(
-                version_directory(self.settings.train, self.policy, number),
+                version_directory(train, self.policy, number, lease.run_id),
                 backend,
                 base=Path(parent.path),
                 lineage=engine.lineage,
@@ -261,8 +349,16 @@ class Pass:
             probe={"prompt_token_ids": probe_rows.tokens.tolist(), "logprobs": logprobs},
         )
 
+    def _has_ended(self, run_id: int) -> bool:
+        """False for a run that this database does not know: it is of another one, which may need it."""
+        try:
+            run = self.store.get_run(run_id)
+        except UnknownTarget:
+            return False
+        return run.policy == self.policy and run.state is not RunState.RUNNING
+
     def promote(self, version: int) -> Outcome:
-        """Have the proxy take the version over, and clear old ones away once it has."""
+        """Have the proxy take the version over; clear away what is not needed once it has, or has not."""
         settings = self.settings
         failure: PublishFailed | None = None
         with self.clock.phase("promote"):
@@ -278,18 +374,29 @@ class Pass:
             except PublishFailed as error:
                 failure = error
         # The store is the truth: an answer can be lost after the deed.
-        present = self.store.get_version(self.policy, version)
+        present = self._expect_in_line(version)
         if present.status is VersionStatus.REJECTED:
-            self._say(f"version {version} was rejected and what it was trained on given back: {present.note}")
             return Outcome.REJECTED
         if failure is not None and present.status is not VersionStatus.ACTIVE:
             self._say(f"version {version} is staged, the next `lightning-proxy train` promotes it: {failure}")
             return Outcome.STAGED_ONLY
         self._say(f"version {version} serves")
-        best = guard.best_of(self._looks())
-        keep = frozenset() if best is None else frozenset((best.version,))
-        clear_away(settings.train, self.policy, self.store.list_versions(self.policy), keep=keep)
+        self._clear_away()
         return Outcome.TRAINED
+
+    def _clear_away(self) -> None:
+        there = self._versions_there()
+        best = guard.best_of([look for look in self._looks() if look.version in there])
+        keep = frozenset() if best is None else frozenset((best.version,))
+        clear_away(self.settings.train, self.policy, self.store.list_versions(self.policy), keep=keep)
+
+    def _expect_in_line(self, version: int) -> PolicyVersion:
+        """The version as it is now; one that would follow another than serves is rejected first."""
+        present = self.store.reject_if_out_of_line(self.policy, version)
+        if present.status is VersionStatus.REJECTED:
+            self._say(f"version {version} was rejected and what it was trained on given back: {present.note}")
+            self._clear_away()
+        return present
 
     def _count(self, trajectories: Sequence[Trajectory], **others: int) -> None:
         rows = {

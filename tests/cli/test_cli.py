@@ -399,7 +399,8 @@ def test_a_run_without_weights_says_where_they_should_be(db: Path) -> None:
 
 
 def test_watching_goes_with_neither_a_dry_run_nor_a_required_update() -> None:
-    assert "--watch goes on" in refused("train", "--watch", "--dry-run")
+    for other in ("--dry-run", "--require-update", "--retry"):
+        assert "--watch goes on" in refused("train", "--watch", other)
 
 
 def next_report(stdout: IO[str]) -> Any:

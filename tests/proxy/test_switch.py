@@ -297,14 +297,35 @@ def test_promotions_wait_for_one_another(
     with policy_proxy.store() as store:
         for version in (1, 2):
             stage(store, served, version, weights[version])
+            assert promote(policy_proxy.url, version).status == 200
         served.script(Script(delay_s=0.2), path=RELOAD, times=2)
         with ThreadPoolExecutor(2) as pool:
-            answers = list(pool.map(lambda version: promote(policy_proxy.url, version), (1, 2)))
+            answers = list(pool.map(lambda version: promote(policy_proxy.url, version), (0, 1)))
         assert [answer.status for answer in answers] == [200, 200]
-        assert control_calls(served) == ["/pause", RELOAD, "/resume"] * 2
+        assert control_calls(served) == ["/pause", RELOAD, "/resume"] * 4
         active = store.active_version("policy")
     assert active is not None
     assert served.model.weights == SEEDS[active.version]
+
+
+def test_a_version_that_was_staged_before_a_rollback_does_not_undo_it(
+    served: EngineThread, policy_proxy: ProxyThread, weights: list[Path]
+) -> None:
+    with policy_proxy.store() as store:
+        stage(store, served, 1, weights[1])
+        assert promote(policy_proxy.url, 1).status == 200
+        stage(store, served, 2, weights[2])
+        served.script(Script(delay_s=0.3), path=RELOAD)
+        with ThreadPoolExecutor(1) as pool:
+            back = pool.submit(promote, policy_proxy.url, 0, rollback=True)
+            wait_until(lambda: control_calls(served).count(RELOAD) == 2)
+            late = promote(policy_proxy.url, 2)
+            assert back.result().status == 200
+        assert (late.status, late.json["error"]["code"]) == (409, "conflict")
+        assert "made from version 1, but version 0 serves" in late.json["error"]["message"]
+        assert control_calls(served).count(RELOAD) == 2, "the engine was not touched"
+        assert statuses(store) == {0: "active", 1: "retired", 2: "staged"}
+    assert served.model.weights == SEEDS[0]
 
 
 def test_a_trainer_that_hangs_up_does_not_leave_a_change_half_done(

@@ -147,7 +147,7 @@ def test_a_rejected_version_leaves_the_return_before_it_as_the_one_trained_on(tr
     trained.add_reward(value=0.5, rollout_id="a")
     run_id = begin(trained)
     trained.drain(run_id, limit=10)
-    version = PolicyVersion(POLICY, 1, "/weights/1", VersionStatus.STAGED)
+    version = PolicyVersion(POLICY, 1, "/weights/1", VersionStatus.STAGED, parent=0)
     trained.commit_run(run_id, report={}, version=version)
     trained.reject_version(POLICY, 1, "wrong logprobs")
     assert waiting(trained) == {"a": 0.5}

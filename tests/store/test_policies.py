@@ -7,7 +7,7 @@ from lightning_proxy.store import PolicyVersion, RunState, Store, VersionStatus
 from tests.store.support import POLICY, add_ready_rollout
 
 
-def stage(store: Store, version: int, parent: int = 0) -> int:
+def stage(store: Store, version: int, parent: int | None = 0) -> int:
     """Run the trainer up to a staged version; returns the run's id."""
     run = store.begin_run(POLICY, owner="here:1", lease_s=60)
     store.drain(run.run_id, limit=100)
@@ -97,11 +97,62 @@ def test_a_rejected_version_never_serves_and_a_serving_one_is_not_rejected(store
         store.reject_version(POLICY, 7, "bad")
 
 
+def test_a_version_is_staged_behind_the_one_that_serves_and_behind_no_other(store: Store) -> None:
+    stage(store, 1, parent=None)  # a policy may begin with what a run made
+    with pytest.raises(Conflict, match="version 1 of 'policy' was staged meanwhile"):
+        stage(store, 2, parent=None)
+    store.activate_version(POLICY, 1)
+    for parent, made_from in ((0, "version 0"), (None, "no other version")):
+        expire(store)
+        with pytest.raises(Conflict, match=f"2 of 'policy' .* made from {made_from}, but version 1 serves"):
+            stage(store, 2, parent=parent)
+    assert statuses(store) == {1: "active"}
+    expire(store)
+    stage(store, 2, parent=1)
+
+
+def expire(store: Store) -> None:
+    """End the run that was refused, as its lease does."""
+    for run in store.list_runs(POLICY):
+        if run.state is RunState.RUNNING:
+            store.fail_run(run.run_id, "refused")
+
+
+def test_what_a_refused_run_drained_waits_for_another(store: Store) -> None:
+    store.add_base_version(POLICY, "/weights/0")
+    add_ready_rollout(store, "r1")
+    with pytest.raises(Conflict):
+        stage(store, 1, parent=7)
+    expire(store)
+    assert store.list_runs(POLICY)[0].state is RunState.FAILED
+    assert [each.rollout.rollout_id for each in store.preview(POLICY, 10)] == ["r1"]
+
+
+def test_a_staged_version_takes_over_from_its_parent_only(store: Store) -> None:
+    """An operator goes back to 0 while version 2, made from 1, waits."""
+    store.add_base_version(POLICY, "/weights/0")
+    stage(store, 1)
+    store.activate_version(POLICY, 1)
+    add_ready_rollout(store, "r1")
+    stage(store, 2, parent=1)
+    assert store.reject_if_out_of_line(POLICY, 2).status is VersionStatus.STAGED
+    store.activate_version(POLICY, 0)
+    with pytest.raises(Conflict, match=r"version 2 of 'policy' .* made from version 1, but version 0 serves"):
+        store.activate_version(POLICY, 2)
+    rejected = store.reject_if_out_of_line(POLICY, 2)
+    assert rejected.status is VersionStatus.REJECTED
+    assert rejected.note == "it was made from version 1, but version 0 serves now"
+    assert [each.rollout.rollout_id for each in store.preview(POLICY, 10)] == ["r1"]
+    assert store.activate_version(POLICY, 1).version == 1, "one that has served may serve again"
+    assert store.reject_if_out_of_line(POLICY, 0).status is VersionStatus.RETIRED
+
+
 def test_the_newest_staged_version_comes_first_and_policies_do_not_mix(store: Store) -> None:
     store.add_base_version(POLICY, "/weights/0")
     store.add_base_version("other", "/weights/other")
     stage(store, 1)
-    stage(store, 2, parent=1)
+    with store.transaction():  # as older databases may have it
+        store.insert_version(PolicyVersion(POLICY, 2, "/weights/2", VersionStatus.STAGED, parent=1))
     staged = store.staged_version(POLICY)
     assert staged is not None
     assert staged.version == 2

@@ -29,8 +29,8 @@ def ids(recorded: list[RecordedRollout]) -> list[str]:
     return [each.rollout.rollout_id for each in recorded]
 
 
-def version(number: int = 1, policy: str = POLICY) -> PolicyVersion:
-    return PolicyVersion(policy, number, f"/weights/{number}", VersionStatus.STAGED)
+def version(number: int = 1, policy: str = POLICY, parent: int | None = 0) -> PolicyVersion:
+    return PolicyVersion(policy, number, f"/weights/{number}", VersionStatus.STAGED, parent=parent)
 
 
 def test_a_run_begins_running_with_its_lease(store: Store) -> None:
@@ -190,6 +190,42 @@ def test_what_is_given_back_is_for_a_later_run(store: Store) -> None:
     assert ids(store.drain(begin(store).run_id, limit=10)) == ["r0", "r2"]
 
 
+def test_a_run_that_gave_all_back_can_be_forgotten_and_no_other(store: Store) -> None:
+    for index in range(2):
+        add_ready_rollout(store, f"r{index}")
+    run = begin(store)
+    store.drain(run.run_id, limit=10)
+    store.give_back(run.run_id, ["r0"])
+    assert not store.drop_run(run.run_id)
+    assert store.get_run(run.run_id) == run
+    store.give_back(run.run_id, ["r1"])
+    assert store.drop_run(run.run_id)
+    assert store.list_runs(POLICY) == []
+    assert begin(store).run_id > run.run_id, "its number is not given away again"
+    with pytest.raises(UnknownTarget):
+        store.drop_run(run.run_id)
+
+
+def test_what_waits_has_another_name_as_soon_as_any_of_it_changes(store: Store) -> None:
+    names = [store.name_of_ready(POLICY, 10)]
+    add_ready_rollout(store, "r0")
+    names.append(store.name_of_ready(POLICY, 10))
+    store.add_reward(value=0.5, rollout_id="r0")
+    names.append(store.name_of_ready(POLICY, 10))
+    store.add_span(make_span(rollout_id="r0", response_id="another"))
+    names.append(store.name_of_ready(POLICY, 10))
+    assert len(set(names)) == 4
+    store.add_span(make_span(rollout_id="unrewarded", response_id="a third"))
+    assert store.name_of_ready(POLICY, 10) == names[-1]
+    run = begin(store)
+    assert store.name_of_ready(POLICY, 10) == names[-1]
+    store.drain(run.run_id, limit=10)
+    store.fail_run(run.run_id, "back again")
+    assert store.name_of_ready(POLICY, 10) == names[-1]
+    store.commit_run(begin(store).run_id, report={}, version=None)
+    assert store.name_of_ready(POLICY, 10) != names[-1], "what it is compared with may be another"
+
+
 def test_a_lease_that_ran_out_passes_everything_to_the_next_run(store: Store) -> None:
     add_ready_rollout(store, "r1")
     lost = begin(store)
@@ -205,7 +241,7 @@ def test_a_lease_that_ran_out_passes_everything_to_the_next_run(store: Store) ->
         store.commit_run(lost.run_id, report={}, version=version())
     store.fail_run(lost.run_id, "late")
     assert store.get_run(lost.run_id).error == "its lease ran out"
-    store.commit_run(run.run_id, report={}, version=version())
+    store.commit_run(run.run_id, report={}, version=version(parent=None))
 
 
 def test_a_renewed_lease_lasts(store: Store) -> None:
@@ -242,7 +278,7 @@ def test_runs_are_listed_newest_first(store: Store) -> None:
 
 _RACER = """
 import os, random, sys, time
-from lightning_proxy.errors import LeaseHeld, LeaseLost
+from lightning_proxy.errors import Conflict, LeaseHeld, LeaseLost
 from lightning_proxy.store import PolicyVersion, Store, VersionStatus
 
 path, seed = sys.argv[1], int(sys.argv[2])
@@ -275,13 +311,19 @@ with Store.open(path) as store:
                 store.give_back(run.run_id, drained[:1])
                 kept = drained[1:]
             with store.transaction():
-                number = store.next_version("policy")
-                made = PolicyVersion("policy", number, "/weights", VersionStatus.STAGED)
+                number, active = store.next_version("policy"), store.active_version("policy")
+                made = PolicyVersion("policy", number, "/weights", VersionStatus.STAGED,
+                                     parent=None if active is None else active.version)
                 store.commit_run(run.run_id, report={"trained": kept}, version=made)
         except LeaseLost:
             continue
+        except Conflict:  # another one waits to take over
+            store.fail_run(run.run_id, "overtaken")
+            continue
         if what == "reject":
             store.reject_version("policy", number, "on purpose")
+        else:
+            store.activate_version("policy", number)
 """
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from aiohttp import web
 
+from lightning_proxy.errors import Conflict
 from lightning_proxy.store import Store
 
 Mode = Literal["promotes", "rejects", "refuses", "forgets to answer"]
@@ -36,7 +37,10 @@ class FakeProxy:
             if self.mode == "rejects":
                 store.reject_version(policy, version, "logprobs of the probe differ by 3.0")
                 return web.json_response({"error": {"code": "rejected", "message": "differs"}}, status=502)
-            store.activate_version(policy, version)
+            try:
+                store.activate_version(policy, version)
+            except Conflict as error:
+                return web.json_response({"error": {"code": "conflict", "message": str(error)}}, status=409)
         if self.mode == "forgets to answer":
             assert request.transport is not None
             request.transport.close()

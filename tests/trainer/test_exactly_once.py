@@ -416,6 +416,6 @@ def check_versions(store: Store, how: Settings) -> int:
     assert active.version == versions[0].version  # the newest
     assert Path(active.path).is_dir()
     on_disk = {path.name for path in (how.train.runs_dir / POLICY).glob("*")}
-    numbers = {f"v{version.version:05d}" for version in versions}
-    assert on_disk <= numbers, "something was left behind"
+    named = {Path(version.path).parent.name for version in versions}
+    assert on_disk <= named, "something was left behind"
     return len(made)

@@ -7,6 +7,7 @@ from lightning_proxy.errors import CheckpointInvalid
 from lightning_proxy.trainer.guard import Look, best_of, check_probe, check_steps, collapse
 
 GUARD = GuardSettings()
+ALL = range(100)  # versions whose weights are there
 STEP = {"pg_loss": 0.1, "grad_norm": 1.0, "kl": 0.01}
 
 
@@ -19,7 +20,7 @@ def look(
 def stopped(
     now: Look, *before: Look, settings: GuardSettings = GUARD, mixed: int = 5, equal: int = 5
 ) -> bool:
-    return collapse(now, before, settings, mixed=mixed, equal=equal) is not None
+    return collapse(now, before, settings, mixed=mixed, equal=equal, there=ALL) is not None
 
 
 def test_the_first_run_and_one_that_gets_better_go_on() -> None:
@@ -28,10 +29,22 @@ def test_the_first_run_and_one_that_gets_better_go_on() -> None:
 
 
 def test_a_collapse_names_the_best_version_and_the_way_back() -> None:
-    found = collapse(look(3, 0.1), [look(0, 0.3), look(1, 0.8), look(2, 0.7)], GUARD, mixed=5, equal=5)
+    found = collapse(
+        look(3, 0.1), [look(0, 0.3), look(1, 0.8), look(2, 0.7)], GUARD, mixed=5, equal=5, there=ALL
+    )
     assert found is not None
     assert found.best == 1
     assert "policies rollback --to 1" in found.message
+
+
+def test_the_way_back_leads_to_a_version_whose_weights_are_there() -> None:
+    before = [look(0, 0.3), look(1, 0.8), look(2, 0.7), look(3, 0.2, entropy=0.3)]
+    for now in (look(3, 0.05), look(3, 0.05, entropy=9.0)):
+        for there, best in (((0, 2, 3), 2), ((0, 3), 0), ((3,), None), ((), None)):
+            found = collapse(now, before, GUARD, mixed=5, equal=5, there=there)
+            assert found is not None
+            assert found.best == best
+            assert ("policies rollback" in found.message) == (best is not None)
 
 
 def test_a_drop_within_the_allowed_share_of_the_range_goes_on() -> None:
@@ -48,7 +61,7 @@ def test_a_few_lucky_rollouts_hide_no_collapse() -> None:
     usual = [look(version, 0.8) for version in range(5)]
     assert stopped(look(6, 0.05), *usual)
     lucky = look(5, 0.9, std=0.17, count=3)
-    found = collapse(look(6, 0.05), [*usual, lucky], GUARD, mixed=5, equal=5)
+    found = collapse(look(6, 0.05), [*usual, lucky], GUARD, mixed=5, equal=5, there=ALL)
     assert found is not None
     assert found.best == 4
 
@@ -89,8 +102,8 @@ def test_groups_that_agree_stop_a_run_where_that_is_asked_for() -> None:
     assert not stopped(look(0, 1.0), settings=asked, mixed=2, equal=8)
     assert not stopped(look(0, 1.0), settings=asked, mixed=0, equal=0)
     # Even where next to nothing is known of the present version.
-    assert collapse(None, [look(0, 1.0)], asked, mixed=1, equal=9) is not None
-    assert collapse(None, [look(0, 1.0)], asked, mixed=2, equal=8) is None
+    assert collapse(None, [look(0, 1.0)], asked, mixed=1, equal=9, there=ALL) is not None
+    assert collapse(None, [look(0, 1.0)], asked, mixed=2, equal=8, there=ALL) is None
 
 
 def test_of_equally_good_versions_the_latest_is_the_best() -> None:

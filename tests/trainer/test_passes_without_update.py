@@ -146,7 +146,7 @@ def test_a_version_left_staged_by_a_crash_is_promoted_first(store: Store, tmp_pa
     with fake_proxy(store.path) as proxy:
         report, lines = run(store, url=proxy.url)
     assert proxy.asked == [(POLICY, 1)]
-    assert report.outcome is Outcome.NOTHING
+    assert (report.outcome, report.version) == (Outcome.TRAINED, None)
     assert report.resumed_version == 1
     assert "promoting it first" in lines[0]
     active = store.active_version(POLICY)
@@ -207,6 +207,19 @@ def test_so_is_one_whose_groups_all_agree_on_nothing(store: Store, tmp_path: Pat
     after_a_good_version(store, tmp_path)
     record_group(store, "task", [0.0] * 16, version=2)
     assert run(store)[0].outcome is Outcome.GUARDED
+
+
+def test_the_guard_names_no_version_whose_weights_are_gone(store: Store, tmp_path: Path) -> None:
+    after_a_good_version(store, tmp_path)
+    with store.transaction():
+        sql = "UPDATE policy_versions SET path = ? WHERE version = 1"
+        store.connection.execute(sql, (str(tmp_path / "gone"),))
+    record_group(store, "task", [0.0] * 16, version=2)
+    with fake_proxy(store.path) as proxy:
+        report, _ = run(store, url=proxy.url, guard=GuardSettings(roll_back=True))
+    assert report.outcome is Outcome.GUARDED
+    assert "policies rollback --to 0" in report.message
+    assert proxy.asked == [(f"{POLICY} back", 0)]
 
 
 def test_where_it_is_wanted_the_proxy_goes_back_to_the_best_version(store: Store, tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def test_each_policy_is_trained_on_its_own_calls_of_the_roles_chosen_for_it(
     assert second.left_out["calls"] == {"other_policy": 8}
     assert proxy.asked == [(WRITER, 1), (CHECKER, 1)]
     paths = {Path(each.path).parent for each in store.list_versions() if each.version == 1}
-    assert paths == {settings.train.runs_dir / name / "v00001" for name in (WRITER, CHECKER)}
+    runs = {WRITER: first.run_id, CHECKER: second.run_id}
+    assert paths == {settings.train.runs_dir / name / f"v00001-run{run_id}" for name, run_id in runs.items()}
 
 
 def test_what_one_policy_has_consumed_waits_for_the_other_all_the_same(

@@ -13,6 +13,7 @@ from lightning_proxy.store import PolicyVersion, Store, VersionStatus
 from lightning_proxy.trainer.publish import (
     Lineage,
     clear_away,
+    clear_leftovers,
     promote,
     read_lineage,
     state_directory,
@@ -141,7 +142,7 @@ def test_an_adapter_without_the_weights_that_it_belongs_to_is_no_state(tmp_path:
 
 def test_weights_that_an_adapter_is_relative_to_stay_as_long_as_it(tmp_path: Path) -> None:
     settings = TrainSettings(runs_dir=tmp_path / "runs", keep_versions=1)
-    paths = {number: version_directory(settings, "p", number) / "weights" for number in range(1, 6)}
+    paths = {number: version_directory(settings, "p", number, 7) / "weights" for number in range(1, 6)}
     for number, path in paths.items():
         path.mkdir(parents=True)
         if number > 2:  # adapters of version 2's weights
@@ -153,26 +154,66 @@ def test_weights_that_an_adapter_is_relative_to_stay_as_long_as_it(tmp_path: Pat
     assert clear_away(settings, "p", versions) == [3, 1]
 
 
-def test_only_old_checkpoints_of_versions_that_no_longer_serve_are_deleted(tmp_path: Path) -> None:
-    settings = TrainSettings(runs_dir=tmp_path / "runs", keep_versions=2)
+def lay_out(settings: TrainSettings, **statuses: str) -> list[PolicyVersion]:
+    """Versions and their directories, by number (``v3="retired"``); each was made from the one before."""
+    versions = []
+    for name, status in statuses.items():
+        number = int(name[1:])
+        path = version_directory(settings, "p", number, 10 + number) / "weights"
+        path.mkdir(parents=True)
+        versions.append(PolicyVersion("p", number, str(path), VersionStatus(status), parent=number - 1))
+    return versions
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> TrainSettings:
+    return TrainSettings(runs_dir=tmp_path / "runs", keep_versions=2)
+
+
+def left(settings: TrainSettings) -> list[str]:
+    return sorted(entry.name for entry in (settings.runs_dir / "p").iterdir())
+
+
+def test_only_old_checkpoints_of_versions_that_no_longer_serve_are_deleted(
+    kept: TrainSettings, tmp_path: Path
+) -> None:
     foreign = tmp_path / "foreign" / "weights"
     foreign.mkdir(parents=True)
-    statuses = {
-        0: "retired",
-        1: "retired",
-        2: "rejected",
-        3: "retired",
-        4: "retired",
-        5: "active",
-        6: "staged",
-    }
-    versions = []
-    for number, status in statuses.items():
-        path = version_directory(settings, "p", number) / "weights" if number else foreign
-        path.mkdir(parents=True, exist_ok=True)
-        versions.append(PolicyVersion("p", number, str(path), VersionStatus(status)))
-    assert clear_away(settings, "p", versions) == [2, 1]
-    assert sorted(entry.name for entry in (tmp_path / "runs" / "p").iterdir()) == [
-        "v00003", "v00004", "v00005", "v00006",
-    ]  # fmt: skip
+    base = PolicyVersion("p", 0, str(foreign), VersionStatus.RETIRED)
+    versions = lay_out(kept, v1="retired", v2="retired", v3="retired", v4="retired", v5="active", v6="staged")
+    assert sorted(clear_away(kept, "p", [base, *versions])) == [1, 2]
+    assert left(kept) == ["v00003-run13", "v00004-run14", "v00005-run15", "v00006-run16"]
     assert foreign.is_dir()
+
+
+def test_rejected_versions_go_at_once_and_take_nobodys_place(kept: TrainSettings) -> None:
+    versions = lay_out(
+        kept, v1="retired", v2="retired", v3="rejected", v4="rejected", v5="rejected", v6="active"
+    )
+    assert sorted(clear_away(kept, "p", versions)) == [3, 4, 5]
+    assert left(kept) == ["v00001-run11", "v00002-run12", "v00006-run16"]
+
+
+def test_the_parent_of_the_version_that_serves_stays_after_a_rollback(kept: TrainSettings) -> None:
+    versions = lay_out(
+        kept, v1="retired", v2="retired", v3="active", v4="retired", v5="retired", v6="retired"
+    )
+    assert sorted(clear_away(kept, "p", versions)) == [1, 4]
+    assert clear_away(kept, "p", versions, keep=frozenset((5,))) == []
+
+
+def test_directories_of_former_times_named_by_their_number_alone_go_too(kept: TrainSettings) -> None:
+    old = kept.runs_dir / "p" / "v00001" / "weights"
+    old.mkdir(parents=True)
+    rejected = PolicyVersion("p", 1, str(old), VersionStatus.REJECTED)
+    assert clear_away(kept, "p", [rejected, *lay_out(kept, v2="active")]) == [1]
+    assert left(kept) == ["v00002-run12"]
+
+
+def test_what_runs_left_behind_that_have_ended_is_deleted_and_nothing_else(kept: TrainSettings) -> None:
+    versions = lay_out(kept, v1="active")
+    names = ["v00002-run2", "v00002-run3", "v00002-run4.unfinished", "v00002", "notes", "v00002-run5"]
+    for name in names:
+        (kept.runs_dir / "p" / name).mkdir()
+    clear_leftovers(kept, "p", versions, {2, 4, 11}.__contains__)
+    assert left(kept) == ["notes", "v00001-run11", "v00002", "v00002-run3", "v00002-run5"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_proxy.errors import TrainingError
+from lightning_proxy.errors import CheckpointInvalid, TrainingError
 from lightning_proxy.trainer.backend import open_backend
 from lightning_proxy.trainer.batches import Rows
 from lightning_proxy.trainer.checkpoint import read_layout
@@ -151,3 +151,42 @@ def test_a_worker_that_cannot_start_fails_the_pass_and_leaves_the_cluster_as_it_
         assert ray.util.placement_group([{"CPU": 1}, {"CPU": 1}]).wait(60)
     finally:
         ray.shutdown()
+
+
+@pytest.mark.timeout(900)
+def test_a_worker_that_dies_between_two_updates_is_a_failed_pass_and_no_more(
+    small_cluster: str, tiny_model: Path
+) -> None:
+    import ray
+
+    backend = open_backend(recipe(workers=2), tiny_model)
+    try:
+        ray.kill(backend._workers._group.workers[1])  # type: ignore[attr-defined]
+        with pytest.raises(TrainingError, match=r"logprobs failed on a worker of the update: .*died"):
+            backend.logprobs(odd_rows())
+    finally:
+        backend.close()
+    assert not ray.is_initialized()
+
+
+def test_what_a_worker_raises_on_purpose_keeps_its_class() -> None:
+    import ray
+
+    from lightning_proxy.trainer.backend.on_ray import OnRay
+
+    class Workers:
+        def __init__(self, cause: Exception) -> None:
+            self._error = ray.exceptions.RayTaskError("update", "the traceback", cause).as_instanceof_cause()
+
+        def update(self) -> None:
+            raise self._error
+
+    def call(cause: Exception) -> None:
+        failing = OnRay.__new__(OnRay)
+        failing._group = Workers(cause)
+        failing.call("update")
+
+    with pytest.raises(CheckpointInvalid):
+        call(CheckpointInvalid("not finite"))
+    with pytest.raises(TrainingError, match=r"(?s)update failed on a worker.*the traceback"):
+        call(RuntimeError("CUDA out of memory"))

@@ -141,8 +141,9 @@ def stage(served: Served, path: Path, probe: dict[str, Any]) -> int:
 
     with served.store() as store:
         run = store.begin_run(MODEL, owner="test", lease_s=60)
-        number = store.next_version(MODEL)
-        version = PolicyVersion(MODEL, number, str(path), VersionStatus.STAGED, parent=0, probe=probe)
+        number, active = store.next_version(MODEL), store.active_version(MODEL)
+        parent = None if active is None else active.version
+        version = PolicyVersion(MODEL, number, str(path), VersionStatus.STAGED, parent=parent, probe=probe)
         store.commit_run(run.run_id, report={}, version=version)
     return number
 

@@ -13,7 +13,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
-from lightning_proxy.errors import TrainingError
+from lightning_proxy.errors import LightningError, TrainingError
 from lightning_proxy.trainer.backend.worker import UpdateWorker, WorkerConfig
 
 _PATIENCE_S = 300.0  # for GPUs that another job, or the last pass, is about to leave
@@ -40,8 +40,16 @@ class OnRay:
             raise
 
     def call(self, method: str, *arguments: object) -> Any:
-        """Run the method on every worker; the first one's answer."""
-        return getattr(self._group, method)(*arguments)[0]
+        """Run the method on every worker; the first one's answer.
+
+        ``TrainingError`` where a worker died or failed; what it raised of our own goes through.
+        """
+        try:
+            return getattr(self._group, method)(*arguments)[0]
+        except LightningError:  # Ray's errors for what a worker raised are of that class as well
+            raise
+        except ray.exceptions.RayError as error:
+            raise TrainingError(f"{method} failed on a worker of the update: {error}") from error
 
     def close(self) -> None:
         """End the workers and give back their places, and Ray where we started it."""
