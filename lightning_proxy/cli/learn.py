@@ -23,7 +23,7 @@ from lightning_proxy.cli.common import (
     print_json,
     settings_from,
 )
-from lightning_proxy.errors import InvalidInput, LightningError
+from lightning_proxy.errors import InvalidInput, LightningError, TrainingError
 
 if TYPE_CHECKING:
     from lightning_proxy.config import Settings
@@ -115,7 +115,10 @@ def _one_pass(
     settings: Settings, as_json: bool, train_once: Callable[..., TrainReport], *, require_update: bool
 ) -> int:
     with open_store(settings) as store, _progress() as progress:
-        report = train_once(settings, store=store, progress=progress)
+        try:
+            report = train_once(settings, store=store, progress=progress)
+        except OSError as error:  # a full disk, most of all
+            raise TrainingError(f"{error}: what was drained waits for the next run") from error
     _print_report(report, as_json)
     return _exit_code(report, require_update)
 

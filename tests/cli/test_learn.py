@@ -10,6 +10,7 @@ import pytest
 
 from lightning_proxy.errors import Conflict, PublishFailed, StoreUnavailable, TrainingError
 from lightning_proxy.store import Store
+from lightning_proxy.trainer import steps
 from tests.cli.test_cli import cli
 from tests.trainer import paper
 from tests.trainer.checkpoints import write_checkpoint
@@ -62,6 +63,20 @@ def test_one_that_does_not_is_none(store: Store, proxy: FakeProxy) -> None:
     result = cli("train", "--require-update", "--json")
     assert result.exit_code == 3, result.output
     assert json.loads(result.stdout)["resumed_version"] is None
+
+
+def test_a_full_disk_is_told_in_one_line(
+    store: Store, proxy: FakeProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(steps, "write_version", full)
+    result = cli("train")
+    assert result.exit_code == 1
+    told = "lightning-proxy: [Errno 28] No space left on device: what was drained waits for the next run"
+    assert told in result.stderr.splitlines()
+    assert store.backlog(POLICY).rollouts_ready == 2
 
 
 def test_watching_goes_on_after_whatever_may_be_over_by_the_next_pass(
