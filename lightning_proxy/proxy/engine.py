@@ -24,7 +24,7 @@ _QUICK = aiohttp.ClientTimeout(total=5)
 _PASSING = frozenset((401, 403, 408, 429))
 _RELOAD = aiohttp.ClientTimeout(total=600)
 _BESIDE = aiohttp.ClientTimeout(total=60)  # of what no call waits for: a busy engine has a queue
-_PROCESSED = {"logprobs_mode": "processed_logprobs"}
+_MODE, _PROCESSED, _UNKNOWN = "logprobs_mode", "processed_logprobs", "unknown"
 _RESUME = aiohttp.ClientTimeout(total=60)
 _NO_SUCH_ROUTE = frozenset((404, 405, 501))
 
@@ -124,14 +124,16 @@ class Engine:
     ) -> None:
         """Add to a call's sampling that its logprobs are those after temperature and cuts, where they are.
 
-        No call waits for that: it is asked beside the first ones, and added when the answer comes.
+        No call waits for that: it is asked beside the first ones, and added when the answer comes. One
+        that ends before says so: it is not trained on as if it had been the other.
         vLLM's ``--logprobs-mode``: ``raw_logprobs`` (the default) or ``processed_logprobs``. Two tokens'
         logprobs differ by the same at every temperature where they are raw, by twice as much at half
         the temperature where they are processed.
         """
         if self._tells_processed.answer is not None:
-            sampling.update(_PROCESSED if self._tells_processed.answer else {})
+            _mark(sampling, processed=self._tells_processed.answer)
         elif isinstance(model, str):
+            sampling[_MODE] = _UNKNOWN
             self._unmarked.append(sampling)
             key, name = _key_in(headers), model
             self._tells_processed.begun(key, lambda: self._ask_logprobs_mode(name, key))
@@ -148,7 +150,7 @@ class Engine:
         else:
             processed = sharper > 1.5 * plain > 0
         while self._unmarked:
-            self._unmarked.popleft().update(_PROCESSED if processed else {})
+            _mark(self._unmarked.popleft(), processed=processed)
         return processed
 
     async def _gap(self, model: str, temperature: float, headers: Mapping[str, str]) -> float:
@@ -253,6 +255,12 @@ class Engine:
             raise EngineUnreachable(f"{method} {url}: {error!r}") from error
         except ValueError as error:  # neither text nor JSON, whatever it says it is
             raise EngineRefused(f"{method} {url} cannot be read: {error!r}") from error
+
+
+def _mark(sampling: dict[str, Any], *, processed: bool) -> None:
+    sampling.pop(_MODE, None)
+    if processed:
+        sampling[_MODE] = _PROCESSED
 
 
 def _kind_of(status: int) -> type[EngineRefused]:

@@ -18,8 +18,9 @@ from typing import Any
 from lightning_proxy.errors import TrainingError
 
 # Key and value of a span's sampling where the engine told the logprobs of what it sampled from, as vLLM
-# does with `--logprobs-mode processed_logprobs`. Without it they are the model's own, before temperature.
-LOGPROBS_MODE, PROCESSED = "logprobs_mode", "processed_logprobs"
+# does with `--logprobs-mode processed_logprobs`. Without it they are the model's own, before temperature;
+# the third value stands for a call that ended before the engine had said which.
+LOGPROBS_MODE, PROCESSED, UNKNOWN_MODE = "logprobs_mode", "processed_logprobs", "unknown"
 GREEDY_BELOW = 1e-5  # vLLM takes the likeliest token at temperatures below
 
 

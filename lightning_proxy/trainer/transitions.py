@@ -24,6 +24,7 @@ from lightning_proxy.trainer.sampling import (
     LOGPROBS_MODE,
     PLAIN,
     PROCESSED,
+    UNKNOWN_MODE,
     Sampling,
     Unknowable,
     sampling_of,
@@ -53,7 +54,7 @@ class Reason(StrEnum):
     CONSTRAINED = "constrained"  # calls whose tokens a grammar chose among (forced tools, formats)
     MALFORMED_SAMPLING = "malformed_sampling"  # calls with a sampling parameter that is no number
     UNKNOWN_LOGPROBS = "unknown_logprobs"  # calls sampled at another temperature, or cut, by an earlier
-    # version, of which the engine told the logprobs of the model's own distribution
+    # version, of which the engine told the logprobs of the model's own distribution; or nobody knows which
     TOO_OLD = "too_old"  # calls that weights more than max_version_age updates away answered
     TRAINED_BEFORE = "trained_before"  # calls that a run has trained on for the return that it still has
     TOO_LONG = "too_long"  # generations whose prompt and response exceed max_row_tokens
@@ -290,8 +291,10 @@ def transitions_of(recorded: RecordedRollout, terms: Terms, left_out: LeftOut) -
         if isinstance(sampling, Unknowable):
             left_out.calls[Reason(sampling.value)] += 1
             continue
-        raw = sampling != PLAIN and span.sampling.get(LOGPROBS_MODE) != PROCESSED
-        if raw and not span.policy_version == span.policy_version_end == terms.version:
+        mode = span.sampling.get(LOGPROBS_MODE)
+        raw = sampling != PLAIN and mode != PROCESSED
+        here = span.policy_version == span.policy_version_end == terms.version
+        if raw and (mode == UNKNOWN_MODE or not here):
             left_out.calls[Reason.UNKNOWN_LOGPROBS] += 1
             continue
         for choice, generation in enumerate(span.generations):

@@ -155,7 +155,7 @@ def test_which_logprobs_an_engine_tells_is_asked_beside_the_calls(
         assert send(proxy.url, CHAT, asked).status == 200
         assert send(proxy.url, CHAT, warm).status == 200
         modes = [span.sampling.get("logprobs_mode") for span in recorded(proxy, 3)]
-    assert modes == [None, *["processed_logprobs" if processed else None] * 2]
+    assert modes == ["unknown", *["processed_logprobs" if processed else None] * 2]
 
 
 def test_an_engine_that_answers_to_the_agents_key_only_is_asked_with_that(make_proxy: MakeProxy) -> None:

@@ -94,13 +94,15 @@ def test_raw_logprobs_of_a_shaped_distribution_serve_only_where_its_weights_are_
     mixed = span("r", generation([1], [4]), sampling=warm, policy_version=2, policy_version_end=3)
     processed = span("r", generation([1], [5]), sampling=told, policy_version=2, policy_version_end=2)
     plain = span("r", generation([1], [6]), policy_version=2, policy_version_end=2)
-    made, left_out = convert(fresh, stale, mixed, processed, plain, version=3)
+    unasked = {**warm, "logprobs_mode": "unknown"}  # the call ended before the engine had said which
+    unknown = span("r", generation([1], [7]), sampling=unasked, policy_version=3, policy_version_end=3)
+    made, left_out = convert(fresh, stale, mixed, processed, plain, unknown, version=3)
     assert [(list(each.response_ids), each.sampling, each.logprobs_are_raw) for each in made] == [
         ([2], Sampling(0.7), True),
         ([5], Sampling(0.7), False),
         ([6], PLAIN, False),
     ]
-    assert left_out.calls == {Reason.UNKNOWN_LOGPROBS: 2}
+    assert left_out.calls == {Reason.UNKNOWN_LOGPROBS: 3}
 
 
 def test_rows_say_of_each_token_what_it_was_sampled_from() -> None:

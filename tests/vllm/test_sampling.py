@@ -13,6 +13,7 @@ from lightning_proxy.config.train import TrainSettings
 from lightning_proxy.trainer.batches import Rows, pack
 from lightning_proxy.trainer.trajectories import merge
 from lightning_proxy.trainer.transitions import LeftOut, Terms, transitions_of
+from tests.conftest import wait_until
 from tests.vllm.compare import post
 from tests.vllm.conftest import MODEL, WEIGHTS, Served, serving
 from tests.vllm.test_real_engine import MESSAGES, TOOLS
@@ -36,7 +37,21 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 def processed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """An engine that tells the logprobs of what it sampled from."""
     with serving(tmp_path_factory.mktemp("processed"), "--logprobs-mode", "processed_logprobs") as running:
+        until_the_mode_is_known(running)
         yield running
+
+
+def until_the_mode_is_known(served: Served) -> None:
+    """It is asked beside the first calls whose sampling is shaped; one that ends before is not trained on."""
+
+    def known() -> bool:
+        body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 1, "temperature": 0.5}
+        post(f"{served.url}/rollout/warm-up/v1/chat/completions", body)
+        with served.store() as store:
+            (span,) = store.list_spans(rollout_id="warm-up", limit=1)
+        return span.sampling.get("logprobs_mode") != "unknown"
+
+    wait_until(known)
 
 
 def sampled_rows(served: Served, rollout: str, sampling: dict[str, Any]) -> Rows:
@@ -76,6 +91,7 @@ def test_what_the_engine_tells_of_a_shaped_distribution_is_what_the_trainer_comp
 def test_an_engine_as_it_is_tells_the_models_own_and_the_trainer_knows_it(served: Served) -> None:
     from lightning_proxy.trainer.backend import open_backend
 
+    until_the_mode_is_known(served)
     rows = sampled_rows(served, "raw-all", SAMPLINGS["all"])
     assert rows.raw[rows.mask].all()
     backend = open_backend(TrainSettings(device="cpu", threads=1), WEIGHTS)
