@@ -207,6 +207,11 @@ def recorded(proxy: ProxyThread, count: int = 1) -> list[Span]:
     return spans
 
 
+def chosen_sampling(span: Span) -> dict[str, Any]:
+    """What was chosen for a call; which logprobs were told is asked beside it, and known at any time."""
+    return {name: value for name, value in span.sampling.items() if name != "logprobs_mode"}
+
+
 def metric(proxy_url: str, name: str) -> float:
     """One number of ``/metrics``, by its name with labels; 0 where it is not there."""
     text = send(proxy_url, "/metrics").body.decode()

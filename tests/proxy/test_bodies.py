@@ -27,6 +27,7 @@ from tests.proxy.raw_http import (
     JSON,
     STREAM_HEAD,
     Call,
+    chosen_sampling,
     http_answer,
     http_chunks,
     raw_upstream,
@@ -132,7 +133,7 @@ def test_a_compressed_request_goes_on_as_it_came_and_is_read_for_the_record(
     assert engine.calls[1].header("content-encoding") == name
     span = recorded(proxy)[0]
     assert (span.request, span.model, span.rollout_id) == (plain, "policy", "r1")
-    assert span.sampling == {"temperature": 0.5}
+    assert chosen_sampling(span) == {"temperature": 0.5}
     assert span.error_class == "upstream_refused", "the fake engine decodes as little as vLLM does"
 
 

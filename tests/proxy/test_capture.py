@@ -16,7 +16,19 @@ import pytest
 from lightning_proxy.store import Fidelity, RolloutState, Span, Store
 from tests.conftest import MakeProxy, ProxyProcess, ProxyThread, wait_until
 from tests.engine import EngineThread, FakeEngine, Reply, Script
-from tests.proxy.raw_http import CHAT, COMPLETIONS, HELLO, JSON, Call, Headers, chat, metric, recorded, send
+from tests.proxy.raw_http import (
+    CHAT,
+    COMPLETIONS,
+    HELLO,
+    JSON,
+    Call,
+    Headers,
+    chat,
+    chosen_sampling,
+    metric,
+    recorded,
+    send,
+)
 
 MakeEngine = Callable[[FakeEngine], EngineThread]
 
@@ -48,7 +60,7 @@ def test_a_span_holds_the_whole_call(
     assert (span.policy, span.policy_version, span.policy_version_end) == ("policy", 0, 0)
     assert (span.status, span.streamed, span.fidelity) == (200, streamed, Fidelity.EXACT)
     assert (span.error_class, span.error) == (None, None)
-    assert span.sampling == {"temperature": 0.5, "seed": 3, "n": 2}
+    assert chosen_sampling(span) == {"temperature": 0.5, "seed": 3, "n": 2}
     assert span.first_byte_at is not None
     assert before <= span.started_at <= span.first_byte_at <= span.ended_at <= after
     check_tokens(span, engine.model.generate(body))

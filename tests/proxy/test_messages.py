@@ -17,7 +17,7 @@ from lightning_proxy.proxy.wires.base import Prepared
 from lightning_proxy.store import Fidelity, Span
 from tests.conftest import MakeProxy, ProxyThread, wait_until
 from tests.engine import EngineThread, FakeEngine, Script, messages
-from tests.proxy.raw_http import CHAT, CUT, JSON, Answer, Call, recorded, send
+from tests.proxy.raw_http import CHAT, CUT, JSON, Answer, Call, chosen_sampling, recorded, send
 
 MakeEngine = Callable[[FakeEngine], EngineThread]
 Json = dict[str, Any]
@@ -258,7 +258,7 @@ def test_the_headers_of_the_agent_reach_the_engine_and_its_sampling_is_recorded(
     assert seen.method == "POST"
     assert [pair for pair in seen.headers if pair[0] in dict(agents)] == agents
     (span,) = recorded(proxy)
-    assert span.sampling == {
+    assert chosen_sampling(span) == {
         "temperature": 0.5, "top_p": 0.9, "top_k": 3, "max_tokens": 100, "tool_choice": choice, "stop": ["x"],
     }  # fmt: skip
 
