@@ -26,7 +26,7 @@ example-calculator: setup ## An AutoGen agent learns to calculate
 example-live: setup ## An agent in service learns from its users' late thumbs
 	@$(BIN)/python -m examples.live.run $(ARGS)
 
-experiments: setup ## All of these, all seeds and controls: what docs/experiments.md shows (about an hour)
+experiments: setup ## All of these, all seeds and controls: what docs/experiments.md shows (up to two hours)
 	@$(BIN)/python -m examples.collect $(ARGS)
 	@$(BIN)/python -m examples.report
 

@@ -75,7 +75,7 @@ def engines(settings: Settings, through: ProxyClient | None) -> Iterator[Finding
 def _engine(settings: Settings, client: ProxyClient) -> Iterator[Finding]:
     name = settings.policy.name
     about = _about(name)
-    models = _asked(client, "GET", "/v1/models")
+    models = _asked(client, "/v1/models")
     try:
         mine = {str(model["id"]): model for model in models["data"]}
     except (LookupError, TypeError):
@@ -94,8 +94,8 @@ def _engine(settings: Settings, client: ProxyClient) -> Iterator[Finding]:
 def _vllm(settings: Settings, client: ProxyClient, model: Mapping[str, Any]) -> Iterator[Finding]:
     name, longest = settings.policy.name, model.get("max_model_len")
     about = _about(name)
-    it = f"vLLM {(_asked(client, 'GET', '/version') or {}).get('version')} serves {name!r}"
-    routes = (_asked(client, "GET", "/openapi.json") or {}).get("paths")
+    it = f"vLLM {_asked(client, '/version').get('version')} serves {name!r}"
+    routes = _asked(client, "/openapi.json").get("paths")
     if routes is None:
         yield note(about, f"{it}; it hides its routes, so whether weights can be changed is not known")
     elif missing := [path for path in _CONTROL if path not in routes]:
@@ -117,10 +117,11 @@ def _about(policy: str) -> str:
     return f"engine of {policy}"
 
 
-def _asked(client: ProxyClient, method: str, path: str, body: Any = None) -> Any:
-    """The answer's JSON; ``None`` where there is none. Raises ``EngineUnreachable``."""
-    status, text = client.send(method, path, body)
+def _asked(client: ProxyClient, path: str) -> dict[str, Any]:
+    """The answer, a JSON object; {} where there is none. Raises ``EngineUnreachable``."""
+    status, text = client.send("GET", path)
     try:
-        return json.loads(text) if status == HTTPStatus.OK else None
+        answer = json.loads(text) if status == HTTPStatus.OK else {}
     except ValueError:
-        return None
+        return {}
+    return answer if isinstance(answer, dict) else {}

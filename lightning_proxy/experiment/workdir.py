@@ -17,7 +17,7 @@ from lightning_proxy.errors import LightningError
 from lightning_proxy.experiment.processes import Children, ExperimentFailed
 
 START_TIMEOUT_S = 600.0
-_MARKER = "this-is-a-lightning-demo"
+_MARKER = "this-is-a-lightning-demo"  # as in directories that were made when the demo was the only one
 
 Say = Callable[[str], None]
 
